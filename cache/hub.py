@@ -11,14 +11,15 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from hdovd.cache.identity import SEAL, hash_file, sealed
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
 from hdovd.core.user_cache import user_cache_folder
 
 LIST = "hdovd.json"
@@ -86,16 +87,31 @@ def pulled(url: Path | str, kind: str) -> Path:
     url = re.sub("^hf:/+", "hf://", str(url))
     (repo, revision), options = repository(url), {"repo_type": KINDS[kind]}
     with hub_client(url) as client:
-        listed = Path(client.hf_hub_download(repo, LIST, revision=revision, **options))
-        files, commit = _listed(listed, url), listed.parent.name
+        get = partial(client.hf_hub_download, repo, **options)
+        listed = Path(get(LIST, revision=revision))
+        commit = listed.parent.name
+        try:
+            files = _listed(listed, url)
+        except HdovdError:
+            with suppress(ValueError):  # without a network
+                get(LIST, revision=commit, force_download=True)
+            files = _listed(listed, url)
         folder = user_cache_folder() / "hub" / f"{kind}s" / f"{repo.replace('/', '--')}@{commit}"
         if not all((folder / name).is_file() for name in files):
             tops = {escape(top) + "/*" * bool(rest) for top, _, rest in (name.partition("/") for name in files)}
             content = Path(client.snapshot_download(repo, revision=commit, allow_patterns=sorted(tops), **options))
-            if wrong := [name for name, known in files.items() if _hash(content / name) != known]:
+            wrong = _wrong(content, files)
+            for name in filter(wrong.get, wrong):
+                log(f"{url}: {name} is not what was pushed, and is downloaded anew")
+                with suppress(ValueError):
+                    get(name, revision=commit, force_download=True)
+            if wrong := _wrong(content, {name: files[name] for name in wrong}):
+                told = [
+                    f"{name} has SHA-256 {it or 'of no file'}, expected {files[name]}" for name, it in wrong.items()
+                ]
                 raise HdovdError(
-                    f"{url} is not what was pushed ({shorten(wrong)}, at {commit[:12]}): it was changed since, or not "
-                    f"all of it is there; push it again, or give @REVISION of an earlier one"
+                    f"{url} is not what was pushed, at {commit[:12]}: {shorten(told, 1)}. If there is a network to "
+                    f"download it anew, it was changed since: push it again, or give @REVISION of an earlier one"
                 )
             _lay(content, files, folder)
     return folder
@@ -124,8 +140,10 @@ def _listed(file: Path, url: Path | str) -> dict[str, str]:
     return files
 
 
-def _hash(file: Path) -> str:
-    return hash_file(file) if file.is_file() else ""
+def _wrong(content: Path, files: dict[str, str]) -> dict[str, str]:
+    """SHA-256 of those that have another one, by name; empty of what is not there."""
+    found = {name: hash_file(file) if (file := content / name).is_file() else "" for name in files}
+    return {name: sha256 for name, sha256 in found.items() if sha256 != files[name]}
 
 
 def _lay(content: Path, files: dict[str, str], folder: Path) -> None:

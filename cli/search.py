@@ -6,7 +6,7 @@ from dataclasses import asdict
 import typer
 
 from hdovd.cli.command import command
-from hdovd.pipelines.search.config import SearchConfig
+from hdovd.pipelines.search.config import BoxSource, SearchConfig
 
 
 @command
@@ -19,5 +19,7 @@ def search(config: SearchConfig) -> None:
     from hdovd.pipelines.search.search import search as run
 
     hits = run(config)
+    if any(hit.source == BoxSource.BASE and not hit.name for hit in hits):
+        typer.echo("note: base boxes are without names, which the annotations alone have: --data reads them", err=True)
     as_list = [asdict(hit) for hit in hits]
     typer.echo(json.dumps(as_list, indent=1) if config.json_ else "\n".join(search_lines(hits, config)))

@@ -332,9 +332,12 @@ class Instances:
             )
 
 
-def read_instances(file: Path, folder: Path | None = None, federated: bool | None = None) -> Instances:
+def read_instances(
+    file: Path, folder: Path | None = None, federated: bool | None = None, *, any_bytes: bool = False
+) -> Instances:
     """Read and check an instances file; its lists come in any order. `folder`: of the pictures, in which the names of
-    files must lie. `federated`: as `hdovd.data.forms.base.Form` has it.
+    files must lie; None: names stay as they are. `federated`: as `hdovd.data.forms.base.Form` has it. `any_bytes`:
+    whether names of files may hold bytes that are no UTF-8, escaped as `os` has them.
 
     Raises HdovdError that names the file and the first entry that is not as it should be.
     """
@@ -363,7 +366,7 @@ def read_instances(file: Path, folder: Path | None = None, federated: bool | Non
     if federated not in (None, is_federated):
         was, wanted = _IN_WORDS[is_federated], _IN_WORDS[federated]
         raise HdovdError(f"{file} is {was}, but is read as {wanted}: give the --form that the data are of")
-    found.names, found.images = _names(categories, file), _images(images, file, folder)
+    found.names, found.images = _names(categories, file), _images(images, file, folder, any_bytes)
     for key, into in zip(_FEDERATED, (found.absent, found.unfinished), strict=True):
         into.update({whole(entry["id"], key): _categories(entry, key, found) for entry in images if key in entry})
     found.check()
@@ -478,7 +481,9 @@ def _categories(entry: dict[str, Any], key: str, found: Instances) -> tuple[int,
     return tuple(ids)
 
 
-def _images(entries: list[dict[str, Any]], file: Path, folder: Path | None) -> dict[int, tuple[str, int, int]]:
+def _images(
+    entries: list[dict[str, Any]], file: Path, folder: Path | None, any_bytes: bool
+) -> dict[int, tuple[str, int, int]]:
     images: dict[int, tuple[str, int, int]] = {}
     for place, entry in enumerate(entries):
         name = entry.get("file_name")
@@ -494,8 +499,13 @@ def _images(entries: list[dict[str, Any]], file: Path, folder: Path | None) -> d
             name = _name_of_url(checked_name(entry["coco_url"], f"{where}: coco_url", _LONGEST_PATH), folder)
         elif isinstance(name, str) and name.startswith("images/v") and folder and not (folder / "images").is_dir():
             name = "/".join(PurePosixPath(name).parts[-2:])  # Objects365 has images/v1/patch8/x.jpg in train/patch8
+        checked_name(
+            re.sub("[\udc80-\udcff]", "?", name) if any_bytes and isinstance(name, str) else name,
+            f"{where}: file_name",
+            _LONGEST_PATH,
+        )
         images[number] = (
-            _inside(checked_name(name, f"{where}: file_name", _LONGEST_PATH), folder, where),
+            _inside(name, folder, file, where),
             whole(entry["width"], f"{where}: width", 1, _LONGEST_SIDE),
             whole(entry["height"], f"{where}: height", 1, _LONGEST_SIDE),
         )
@@ -510,13 +520,16 @@ def _name_of_url(url: str, folder: Path | None) -> str:
     return f"{parent}/{name}" if folder is not None and parent and (folder / parent).is_dir() else name
 
 
-def _inside(name: str, folder: Path | None, where: str) -> str:
-    """The name of a picture's file, relative to the folder. Raises HdovdError if it lies elsewhere."""
-    if not name.startswith("/") and ".." not in name:
+def _inside(name: str, folder: Path | None, file: Path, where: str) -> str:
+    """The name of a picture's file, relative to the folder; `..` may be meant from there or from the annotation `file`.
+    Raises HdovdError if it lies elsewhere.
+    """
+    if folder is None or not (name.startswith("/") or ".." in name):
         return name
-    root = os.path.abspath(folder or "/")
-    path = os.path.abspath(os.path.join(root, name))
-    if folder is not None and os.path.commonpath((root, path)) != root:
+    root = os.path.abspath(folder)
+    paths = [os.path.abspath(os.path.join(place, name)) for place in (root, file.parent)]
+    path = next((path for path in paths if os.path.commonpath((root, path)) == root), None)
+    if path is None:
         raise HdovdError(
             f"{where}: file_name is {shown(name)}, which lies outside of the image folder {folder}: give the folder "
             f"that holds all pictures with --images"

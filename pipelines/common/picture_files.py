@@ -5,7 +5,9 @@ import io
 import os
 import re
 from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -37,6 +39,7 @@ VIDEO_ENDINGS = frozenset(
         ".3gp",
     )
 )
+_MPEG_TS = re.compile(rb"(?s)(?:\x47.{187}){4}\x47|(?:\x47.{191}){4}\x47")  # packets; of camcorders with a time each
 _CAMERA = re.compile(r"(?:camera:|/dev/video)(\d+)")
 
 
@@ -59,7 +62,12 @@ class PictureFile:
 
     @property
     def is_video(self) -> bool:
-        return self.url is not None or self.path.suffix.lower() in VIDEO_ENDINGS
+        """By the ending; a file whose ending TypeScript has too by what is in it."""
+        ending = self.path.suffix.lower()
+        if self.url is None and ending in (".ts", ".mts") and self.path.is_file():
+            with suppress(OSError), self.path.open("rb") as file:  # who reads it says why it cannot be
+                return _MPEG_TS.search(file.read(1 << 16)) is not None
+        return self.url is not None or ending in VIDEO_ENDINGS
 
 
 def find_pictures(
@@ -113,7 +121,7 @@ def _of_word(word: str, videos: bool) -> Iterator[PictureFile]:
             raise HdovdError(f"{printable(word)}: no address ({error})") from error
         yield PictureFile(Path(address.path.strip("/") or f"{address.hostname or 'stream'}.live"), url=word)
     elif path.is_dir():
-        yield from map(PictureFile, _of_folder(path, ENDINGS | VIDEO_ENDINGS if videos else ENDINGS))
+        yield from _of_folder(path, videos)
     elif path.exists():
         yield PictureFile(path)
     elif glob.has_magic(word):
@@ -123,21 +131,21 @@ def _of_word(word: str, videos: bool) -> Iterator[PictureFile]:
         raise HdovdError(f"{printable(word)}: no such file or folder")
 
 
-def _of_folder(folder: Path, endings: frozenset[str]) -> Iterator[Path]:
-    others: set[object] = set()
+def _of_folder(folder: Path, videos: bool) -> Iterator[PictureFile]:
+    others = Counter[str]()  # videos among them
     for place, folders, files in os.walk(folder, onerror=lambda error: log(f"note: {error}: that folder is left out")):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
-            ending = os.path.splitext(name)[1].lower()
-            if ending in endings:
-                yield Path(place, name)
+            ending, found = os.path.splitext(name)[1].lower(), PictureFile(Path(place, name))
+            if ending in ENDINGS or (videos and found.is_video):
+                yield found
             else:
-                others.add(ending or "(none)")
+                others[ending or "(none)"] += found.is_video
     if others:
         log(
-            f"note: files in {printable(str(folder))} with these endings are no pictures, and left out: "
-            f"{shorten(sorted(others, key=str))}"
-            + ("; hdovd detect reads videos with pip install 'hdovd[video]'" if others & VIDEO_ENDINGS else "")
+            f"note: files in {printable(str(folder))} with these endings are no pictures{' or videos' * videos}, and "
+            f"left out: {shorten(sorted(others))}"
+            + ("; hdovd detect reads videos with pip install 'hdovd[video]'" if others.total() else "")
         )
 
 

@@ -35,7 +35,7 @@ from hdovd.pipelines.common.console import duration, progress
 from hdovd.pipelines.common.device import workers_for
 from hdovd.pipelines.common.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
 from hdovd.pipelines.common.images import Decoded, decode
-from hdovd.pipelines.common.picture_files import PictureFile, find_pictures, printable
+from hdovd.pipelines.common.picture_files import VIDEO_ENDINGS, PictureFile, find_pictures, printable
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.detection.config import DETECTIONS_MARKER, DetectConfig
@@ -210,7 +210,7 @@ def _opened(file: PictureFile) -> Decoded | str:
     try:
         return decode(file.path if file.data is None else file.data)
     except HdovdError as error:
-        return str(error)
+        return f"{error}{', nor an MPEG-TS video' * (file.path.suffix.lower() in VIDEO_ENDINGS)}"
 
 
 def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:

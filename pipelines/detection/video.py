@@ -133,8 +133,8 @@ class _Movie:
         self._stream: Any = self._file.add_stream(
             self._file.default_video_codec,
             rate=rate,
-            width=canvas.width // 2 * 2,  # even, as 4:2:0 needs
-            height=canvas.height // 2 * 2,
+            width=canvas.width + canvas.width % 2,  # even, as 4:2:0 needs: a black line is added
+            height=canvas.height + canvas.height % 2,
             pix_fmt="yuv420p",
             time_base=time_base,
             gop_size=round(KEY_EVERY_S * rate),
@@ -147,8 +147,9 @@ class _Movie:
         self._file.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        self._file.mux(self._stream.encode(None))
-        self._file.close()
+        with writing(Path(self._file.name)):  # also if no frame of this size could be
+            self._file.mux(self._stream.encode(None))
+            self._file.close()
 
 
 def _reason(error: Exception) -> str:

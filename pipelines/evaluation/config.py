@@ -9,7 +9,7 @@ from hdovd.data.protocol import load_protocol
 from hdovd.evaluation.engines import ENGINES, Engine
 from hdovd.pipelines.common.options import ClipNames, Data, InferenceOptions, Option
 from hdovd.pipelines.runs.config import ExampleOptions, RunOptions
-from hdovd.pipelines.runs.trackers import Track, tracker_class
+from hdovd.pipelines.runs.trackers import TrackOptions
 
 ZERO_SHOT = "zero-shot"  # the protocol of data sets that the run was not trained on: all classes are novel
 SHOWN_SCORE = 0.3  # detections of this score or more are drawn
@@ -34,7 +34,7 @@ class EvalOptions(InferenceOptions, RunOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig(ClipNames, EvalOptions, ExampleOptions):
+class EvalConfig(ClipNames, TrackOptions, EvalOptions, ExampleOptions):
     """One evaluation of a run."""
 
     data: Data
@@ -54,7 +54,6 @@ class EvalConfig(ClipNames, EvalOptions, ExampleOptions):
     ] = None
     pictures: Annotated[int, Option("Draw the detections of this many validation images.", min=0)] = 0
     per_class: Annotated[bool, Option("Print the table of all classes.")] = False
-    track: Track = ()
     errors: Annotated[
         bool, Option("Print what keeps AP50 from 100: errors by kind, novel and base apart (docs/ERRORS.md).")
     ] = False
@@ -63,8 +62,7 @@ class EvalConfig(ClipNames, EvalOptions, ExampleOptions):
         """Raises HdovdError for what is wrong with the paths and names alone, or a run that needs to be trusted."""
         EvalOptions.check(self)
         ExampleOptions.check(self)
-        for name in self.track:
-            tracker_class(name)
+        TrackOptions.check(self)
         if self.before is not None and (self.examples is not None or self.protocol is not None):
             raise HdovdError("--before compares runs by all their classes: leave --examples and --protocol out")
         if self.examples is not None and self.protocol is not None:

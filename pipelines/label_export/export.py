@@ -28,6 +28,7 @@ from hdovd.data.coco import DataPaths, Instances, Split, clip_box, read_instance
 from hdovd.data.forms.yolo import label_of
 from hdovd.pipelines.common.atomic_write import write_text, writing
 from hdovd.pipelines.common.pages import page
+from hdovd.pipelines.common.picture_files import printable
 from hdovd.pipelines.label_export.config import ExportLabelsConfig
 
 Pictures = list[dict[str, Any]]
@@ -37,9 +38,17 @@ def export_labels(config: ExportLabelsConfig) -> None:
     """Write the boxes in the form that is asked for. Raises HdovdError for bad input."""
     config.check()
     names, pictures = read_boxes(config)
+    key = {"fiftyone": "path", "yolo": "id"}.get(config.to, "file_name")  # which its texts hold
+    odd = {one["id"]: shown for one in pictures if (shown := printable(f"{one[key]}")) != f"{one[key]}"}
+    if odd:
+        log(
+            f"left out: {counted(len(odd), 'picture')} whose names are no UTF-8, which the texts of {config.to} cannot "
+            f"hold, but --to yolo can: {shorten([*odd.values()])}"
+        )
+    pictures = [one for one in pictures if one["id"] not in odd]
     _WRITERS[config.to](config, names, pictures)
     if lost := [one["path"] for one in pictures if not os.path.isfile(one["path"])]:
-        log(f"note: {counted(len(lost), 'picture is', 'pictures are')} not there: {shorten(lost)}")
+        log(f"note: {counted(len(lost), 'picture is', 'pictures are')} not there: {shorten(lost)}; --images says where")
     boxes = sum(len(one["boxes"]) for one in pictures)
     log(f"wrote {config.out}: {counted(boxes, 'box', 'boxes')} on {counted(len(pictures), 'picture')}")
 
@@ -98,22 +107,27 @@ def _of_file(file: Path, data: DataPaths) -> tuple[Path, Instances, bool, Iterat
     first = next((one for _, one in JsonStream(file, "boxes")), None)
     beside, searched = file.with_name("images.json"), isinstance(first, dict) and "name" in first
     of_detect = beside.is_file() and data.root is None and data.annotations is None
-    annotations, folder = (
-        (beside, data.images or _folder_of(beside))
-        if of_detect
-        else data.locate("train2017" if searched else "val2017")
+    annotations, folder = (beside, None) if of_detect else data.locate("train2017" if searched else "val2017")
+    found = read_instances(annotations, folder, any_bytes=True)
+    return (
+        folder or _gathered(found, data.images or Path()),
+        found,
+        of_detect,
+        (one for _, one in JsonStream(file, "boxes")),
     )
-    return folder, read_instances(annotations, folder), of_detect, (one for _, one in JsonStream(file, "boxes"))
 
 
-def _folder_of(file: Path) -> Path:
-    """The folder of all pictures of `hdovd detect`: here, or if they are named by absolute paths the last that holds
-    all.
+def _gathered(found: Instances, here: Path) -> Path:
+    """The folder of all pictures of `hdovd detect`, to which their names become relative: where it was run; or if one
+    is named by an absolute path or lies elsewhere, the last that holds all.
     """
-    names = [str(one.get("file_name")) for key, one in JsonStream(file, "pictures") if key == "images"]
-    return Path(
-        os.path.commonpath([os.path.dirname(one) for one in names]) if names and all(map(os.path.isabs, names)) else ""
-    )
+    paths = {number: os.path.abspath(here / name) for number, (name, *_) in found.images.items()}
+    elsewhere = any(name.startswith("/") or ".." in name.split("/") for name, *_ in found.images.values())
+    folder = os.path.commonpath(map(os.path.dirname, paths.values())) if elsewhere else here
+    found.images = {
+        number: (os.path.relpath(paths[number], folder), w, h) for number, (_, w, h) in found.images.items()
+    }
+    return Path(folder)
 
 
 def _pseudo_boxes(cache: FeatureCache, split: Split) -> Iterator[dict[str, Any]]:

@@ -38,11 +38,6 @@ TRACKERS = Registry(
 PLAIN = ("step", "epoch", "lr", "images_per_s", "data_wait", "memory_gb")  # of an entry; the rest are losses
 PROJECT = "hdovd"  # where neither WANDB_PROJECT nor MLFLOW_EXPERIMENT_NAME says another
 
-Track = Annotated[
-    tuple[str, ...],
-    Option(f"Send the log to {', '.join(TRACKERS)}, or my_module:Tracker of your own, too (docs/TRAINING.md)."),
-]
-
 
 class Tracker:
     """A run in a tracking program, opened when the run begins, goes on or is evaluated."""
@@ -114,6 +109,21 @@ def tracker_class(name: str) -> type[Tracker]:
     if name in TRACKERS and find_spec(name) is None:
         raise HdovdError(f'--track {name} needs the package {name}: pip install "hdovd[{name}]"')
     return TRACKERS.find_class(name, Tracker, "hdovd.pipelines.runs.trackers.Tracker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackOptions:
+    """Where the log of a run goes besides."""
+
+    track: Annotated[
+        tuple[str, ...],
+        Option(f"Send the log to {', '.join(TRACKERS)}, or my_module:Tracker of your own, too (docs/TRAINING.md)."),
+    ] = ()
+
+    def check(self) -> None:
+        """Raises HdovdError as `tracker_class`."""
+        for name in self.track:
+            tracker_class(name)
 
 
 @dataclass(slots=True)

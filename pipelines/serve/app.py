@@ -24,6 +24,7 @@ from starlette.types import Message
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
 from hdovd.data.coco import DataPaths
+from hdovd.pipelines.common.options import DATA
 from hdovd.pipelines.common.pages import page
 from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.serve.answers import Files, Finding, Searching, Texts, fitting
@@ -46,6 +47,16 @@ NUMBERS = r"[\d.]+|\[[\da-f:.]+\]"  # addresses that no DNS is asked for
 is_local = re.compile(LOCAL).fullmatch  # whether this machine alone reaches a host
 MOST_FIELDS, MOST_TEXT = 64, 16_384  # characters of a field, which are some thousand names
 SOMEWHERE = "(a place on the server)"
+# Options that errors speak of, but beside a command; and what they are here: fields, or how the server was started.
+OPTION = re.compile(r"(hdovd [a-z -]*)?(?<![\w'\"-])--([a-z][a-z-]*)")
+WORDS = {name: f"hdovd serve --{name}" for name in (*ServeConfig.__dataclass_fields__, *DATA)} | {
+    option: f'"{field}"'
+    for option, field in zip(
+        ("box", "image", "like", "not", "mix", "examples"),
+        ("box", "picture", "like", "unlike", "mix", "example"),
+        strict=True,
+    )
+}
 PATH = re.compile(r"'[^'\n]*/[^'\n]*'|\S*/\S*")
 
 
@@ -116,12 +127,13 @@ class Site:
         async with asked.form(max_files=MOST_FIELDS, max_fields=MOST_FIELDS, max_part_size=MOST_TEXT) as form:
             return await self.queued(job)
 
-    def told(self, _: Request, error: Exception) -> Response:
-        """What was wrong with a question, for someone who is to know no path of this machine."""
+    def told(self, request: Request, error: Exception) -> Response:
+        """What was wrong with a question, for someone who gave no options and is to know no path of this machine."""
         if isinstance(error, HTTPException):
             return JSONResponse({"error": error.detail}, error.status_code, error.headers)
         log(f"refused: {error}" if str(error) else "a client went away")
-        text = str(error)
+        command = "detect" if request.url.path == "/detect" else "search"
+        text = OPTION.sub(lambda one: one[0] if one[1] else WORDS.get(one[2], f"hdovd {command} {one[0]}"), str(error))
         for place in self.places:
             text = text.replace(place, SOMEWHERE)
         return JSONResponse({"error": PATH.sub(SOMEWHERE, text)}, 422)

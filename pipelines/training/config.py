@@ -13,14 +13,14 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
 from hdovd.pipelines.common.options import RECIPE_AND_PRESET, NetworkOptions, Option, RunsOptions
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.trackers import Track, tracker_class
+from hdovd.pipelines.runs.trackers import TrackOptions
 
 if TYPE_CHECKING:
     from hdovd.config.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig(NetworkOptions, RunsOptions):
+class TrainConfig(NetworkOptions, TrackOptions, RunsOptions):
     """One training run, from a Zarr cache with the `data` that it was made of, or from tar shards, which need no other
     data.
 
@@ -43,7 +43,6 @@ class TrainConfig(NetworkOptions, RunsOptions):
         ),
     ] = False
     val_every: Annotated[int, Option("Validate after so many epochs; 0: never.", min=0)] = 1
-    track: Track = ()
     oracle: Annotated[
         bool,
         Option(
@@ -64,8 +63,7 @@ class TrainConfig(NetworkOptions, RunsOptions):
         load_protocol(self.protocol)
         if is_hub(self.out):
             raise HdovdError(f"--out {self.out}: train into a folder; hdovd push puts it on the Hub")
-        for name in self.track:
-            tracker_class(name)
+        TrackOptions.check(self)
         if self.oracle:
             check_oracle(self.cache, self.protocol)
             if self.recipe.loss.uses_cache or self.recipe.loss.extra:

@@ -33,6 +33,22 @@ def test_words_weights_and_filters(cache: Path, hdovd: Callable[..., Ran], tmp_p
     assert any(line.endswith("its cosine") for line in ran.out.splitlines())
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_base_boxes_without_names_are_told_once(
+    cache: Path, world: Path, kept: list[int], hdovd: Callable[..., Ran], form: list[str]
+) -> None:
+    """The cache does not hold them. Where standard output is JSON, it is no more."""
+    note = "note: base boxes are without names, which the annotations alone have: --data reads them\n"
+    words = ("search", cache, "--like", f"{kept[2]}:0", *form)
+    ran = hdovd(*words, "--source", "base")
+    assert (ran.code, ran.err) == (0, note)
+    assert not form or {hit["name"] for hit in json.loads(ran.out)} == {""}
+    for more in (("--source", "base", "--data", world), ("--source", "proposal")):
+        ran = hdovd(*words, *more)
+        assert (ran.code, ran.err) == (0, "")
+    assert not form or "" in {hit["name"] for hit in json.loads(ran.out)}  # of proposals: without a noun
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

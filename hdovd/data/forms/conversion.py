@@ -80,7 +80,7 @@ def _coco(names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, list[d
 
 def _number(name: str) -> int:
     """Of 53 bits, which JSON readers hold exactly; readers of the file refuse two of the same."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 11
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()) >> 11
 
 
 def read_xml(file: Path, whose: str, tag: str) -> ElementTree.Element:

@@ -687,6 +687,18 @@ def test_other_ways_to_name_a_picture_in_the_folder(tmp_path: Path) -> None:
     assert [i.file_name for i in split.images] == ["a/1.jpg", "2..jpg", "b/3.jpg"]
 
 
+def test_names_from_the_annotations_on_lie_in_a_folder_that_is_named(tmp_path: Path) -> None:
+    """As some tools write them; without --images they lie outside of the usual folder, and that is said."""
+    (tmp_path / "notes" / "new").mkdir(parents=True)
+    (tmp_path / "pictures").mkdir()
+    entries = [image(k) | {"file_name": name} for k, name in enumerate(("../../pictures/1.jpg", "a/../2.jpg"), start=1)]
+    file = write(tmp_path, entries, [annotation(k, k, CAT) for k in (1, 2)]).rename(tmp_path / "notes/new/a.json")
+    split = load_split(file, tmp_path / "pictures", PROTOCOL, base_only=True)
+    assert [i.file_name for i in split.images] == ["1.jpg", "2.jpg"]
+    with pytest.raises(HdovdError, match=r"image 1: file_name is .* lies outside of .*new: give .* with --images"):
+        load_split(file, file.parent, PROTOCOL, base_only=True)
+
+
 @pytest.mark.parametrize("name", [None, 3, "", "a\0.jpg", "a\n.jpg", ["a.jpg"], "x" * 5000])
 def test_a_file_name_that_is_none(tmp_path: Path, name: Any) -> None:
     with pytest.raises(HdovdError, match=r"instances\.json: image 1"):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
-from hdovd.pipelines.common.picture_files import find_pictures, printable
+from hdovd.pipelines.common.picture_files import PictureFile, find_pictures, printable
 
 
 @pytest.fixture
@@ -124,7 +124,28 @@ def test_videos_are_found_where_they_are_asked_for(photos: Path) -> None:
         found = find_pictures(["photos"], None, Path("out"), videos=True)
     assert [file.name for file in found if file.is_video] == ["photos/v.mp4", "photos/deep/W.MOV"]
     assert sum(not file.is_video for file in found) == 4
-    assert log[1].endswith("are no pictures, and left out: (none), .txt")
+    assert log[1].endswith("are no pictures or videos, and left out: (none), .txt")
+
+
+def test_typescript_is_no_video(photos: Path) -> None:
+    """Its endings are those of MPEG-TS, which is known by its packets."""
+    packets, script = b"G" + bytes(187), b"GGGG = 'G';\nexport const Gallery = 1;\n" * 40
+    streams = {"a.ts": packets * 9, "b.MTS": (bytes(4) + packets) * 9, "c.ts": b"cut" + packets * 5, "d.m2ts": b""}
+    for name, data in (streams | {"app.ts": script, "app.mts": script, "t.d.ts": b"G", "none.ts": b""}).items():
+        Path("photos", name).write_bytes(data)
+    log: list[str] = []
+    with lines_to(log.append):
+        found = find_pictures(["photos"], None, Path("out"), videos=True)
+        named = find_pictures(["photos/*.ts"], None, Path("out"))
+    assert [file.path.name for file in found if file.is_video] == sorted(streams)
+    assert log[0].endswith("are no pictures or videos, and left out: (none), .mts, .ts, .txt")
+    assert [file.path.name for file in named if file.is_video] == ["a.ts", "c.ts"]
+    assert PictureFile(Path("photos/none at all.ts")).is_video  # who opens it says that there is none
+    for name in streams:
+        Path("photos", name).unlink()
+    log.clear()
+    assert not any(name.endswith("ts") for name in _found("photos", log=log))
+    assert "pip install" not in log[0]
 
 
 @pytest.mark.parametrize(

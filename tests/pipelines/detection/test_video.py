@@ -47,16 +47,21 @@ IDENTITY, ON_ITS_SIDE = (
 
 
 def _encoded(
-    frames: Iterator[np.ndarray], form: str = "mp4", codec: str = "h264", rate: int = RATE, **options: str
+    frames: Iterator[np.ndarray],
+    form: str = "mp4",
+    codec: str = "h264",
+    rate: int = RATE,
+    pixels: str = "yuv420p",
+    **options: str,
 ) -> bytes:
     """(h, w, 3) uint8 each, all of one size, as a video of `rate` frames a second."""
     first = next(frames)
     out = tempfile.NamedTemporaryFile()  # noqa: SIM115 - read below
     with out, av.open(out.name, "w", format=form, options=options) as file:
         stream = file.add_stream(codec, rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *first.shape[:2], "yuv420p"
-        for pixels in (first, *frames):
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        stream.height, stream.width, stream.pix_fmt = *first.shape[:2], pixels
+        for values in (first, *frames):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(values, format="rgb24")))
         file.mux(stream.encode(None))
         file.close()
         return Path(out.name).read_bytes()
@@ -162,7 +167,7 @@ def test_pictures_and_videos_of_one_folder(
     logged: list[str] = []
     with lines_to(logged.append):
         result = run_on(folder, pictures=False)
-    assert any("are no pictures, and left out: .txt" in line for line in logged)
+    assert any("are no pictures or videos, and left out: .txt" in line for line in logged)
     assert any("pictures: 1; videos: 3;" in line for line in logged)
     assert result.images == 1
     assert list(result.videos) == [str(folder / "a.mp4"), str(folder / "deep" / "A.MP4")]
@@ -253,12 +258,36 @@ def test_the_drawn_video_has_the_frames_and_times_of_its_source(
         assert float(container.streams.video[0].average_rate) == pytest.approx(RATE / every, rel=0.2)
 
 
-def test_odd_sizes(find: Find, tmp_path: Path) -> None:
-    (tmp_path / "odd.mkv").write_bytes(_encoded(_greys(width=65, height=49), "matroska", "ffv1"))
-    about = find(tmp_path / "odd.mkv")
+SIZES = [(65, 49), (1, 1), (3, 5), (17, 1), (1, 40), (2, 2)]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_odd_sizes(find: Find, tmp_path: Path, width: int, height: int) -> None:
+    """H.264 takes even ones: what is drawn is padded, not cut."""
+    (tmp_path / "odd.avi").write_bytes(_encoded(_greys(width=width, height=height), "avi", "png", pixels="rgb24"))
+    about = find(tmp_path / "odd.avi")
     assert isinstance(about, dict)
-    assert (about["width"], about["height"]) == (65, 49)
-    assert (_decoded(tmp_path / "out" / "x.mp4")[0].width, len(_decoded(tmp_path / "out" / "x.mp4"))) == (64, FRAMES)
+    assert (about["width"], about["height"], about["frames"]) == (width, height, FRAMES)
+    frames = _decoded(tmp_path / "out" / "x.mp4")
+    assert (frames[0].width, frames[0].height) == (width + width % 2, height + height % 2)
+    assert len(frames) == FRAMES
+    greys = [frame.to_ndarray(format="gray")[height - 1, :width].mean() for frame in frames]
+    assert greys[-1] - greys[0] > 100  # the last row is there
+
+
+def test_a_size_that_no_encoder_takes_is_a_line(find: Find, file: Path) -> None:
+    with pytest.raises(HdovdError, match=r"out/x.* cannot be written: .*libx264"):
+        find(file, draw=lambda *_: Image.new("RGB", (40_000, 2)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 5), (17, 1), (500, 1), (4100, 1)])
+def test_small_videos_are_drawn(run_on: Callable[..., DetectResult], tmp_path: Path, width: int, height: int) -> None:
+    (tmp_path / "small.avi").write_bytes(_encoded(_greys(3, width, height), "avi", "png", pixels="rgb24"))
+    result = run_on(tmp_path / "small.avi")
+    assert not result.skipped
+    drawn = _decoded(tmp_path / "out" / "videos" / "small.mp4")
+    assert len(drawn) == 3
+    assert min(drawn[0].width, drawn[0].height) >= 2
 
 
 def test_a_phones_video_is_turned_upright(find: Find, tmp_path: Path) -> None:
@@ -294,6 +323,24 @@ def test_of_a_file_that_was_cut_short_the_frames_are_kept(find: Find, tmp_path: 
     assert 0 < about["frames"] < FRAMES
     assert about["notes"][-1] == f"ended after {about['frames']} frames: the file speaks of {FRAMES}"
     assert len(_decoded(tmp_path / "out" / "x.mp4")) == len(_lines(tmp_path / "out" / "x.jsonl")) == about["frames"]
+
+
+@pytest.mark.parametrize("flag", ["0", "1"])
+def test_streams_in_files_are_known_by_their_packets(tmp_path: Path, flag: str) -> None:
+    """As FFmpeg writes them, with times before the packets and without; joined anywhere, too."""
+    data = _encoded(_greys(), "mpegts", "mpeg2video", 25, mpegts_m2ts_mode=flag)
+    for number, part in enumerate((data, data[1234:], data[: 192 * 5])):
+        (tmp_path / f"{number}.mts").write_bytes(part)
+        (file,) = find_pictures([str(tmp_path / f"{number}.mts")], None, tmp_path / "out")
+        assert file.is_video
+
+
+def test_typescript_that_is_named_is_a_line(run_on: Callable[..., DetectResult], film: Path, tmp_path: Path) -> None:
+    (tmp_path / "app.ts").write_text("export const answer = 42;\n" * 50)
+    result = run_on(film, tmp_path / "app.ts", pictures=False)
+    (reason,) = result.skipped.values()
+    assert reason == f"{tmp_path / 'app.ts'}: no picture of a kind that Pillow reads, nor an MPEG-TS video"
+    assert len(result.videos) == 1
 
 
 def test_what_has_no_frames_is_a_line_and_writes_nothing(find: Find, file: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -239,7 +240,9 @@ def test_what_was_changed_or_is_not_whole_is_refused(
     weights = repository.commits[good]["model.safetensors"]
     for wrong in (weights[:-1] + bytes([weights[-1] ^ 1]), None):
         line = told(model__safetensors=wrong)
-        assert "hf://me/run is not what was pushed (model.safetensors, at " in line
+        assert "hf://me/run is not what was pushed, at " in line
+        found = hashlib.sha256(wrong).hexdigest() if wrong else "of no file"
+        assert f"model.safetensors has SHA-256 {found}, expected {listed['files']['model.safetensors']}. If" in line
         assert "push it again, or give @REVISION of an earlier one" in line
     of_all = listed | {"files": listed["files"] | {"model.safetensors": "0" * 64}}
     outside = sealed({"format": 1, "files": {"../../../escaped": "0" * 64}})
@@ -252,6 +255,52 @@ def test_what_was_changed_or_is_not_whole_is_refused(
     assert hdovd("runs", "diff", f"hf://me/run@{good}", own_run).code == 0
     assert "it has no such revision" in one_line(hdovd("runs", "diff", f"hf://me/run@{'0' * 40}", own_run))
     assert "expected hf://USER/NAME, or hf://USER/NAME@REVISION" in one_line(hdovd("runs", "diff", "hf://run", own_run))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.toml", LIST])
+@pytest.mark.parametrize("short", [False, True])
+def test_what_was_damaged_here_is_downloaded_anew(
+    hub: Hub,
+    hdovd: Callable[..., Ran],
+    own_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    short: bool,
+) -> None:
+    """That file alone, once; without a network it is said which it is."""
+    assert hdovd("push", own_run, "hf://me/run").code == 0
+    assert hdovd("runs", "diff", "hf://me/run", own_run).code == 0
+    (blob,) = {file.resolve() for file in (tmp_path / "here" / "huggingface").rglob(name) if file.is_file()}
+    good = blob.read_bytes()
+    blob.write_bytes(good[:-9] if short else good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+    shutil.rmtree(tmp_path / "here" / "cache")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = one_line(hdovd("runs", "diff", "hf://me/run", own_run))
+    if name != LIST:
+        assert f"{name} has SHA-256 {hashlib.sha256(blob.read_bytes()).hexdigest()}, expected " in line
+    else:
+        assert "its hdovd.json is damaged" in line
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    hub.asked.clear()
+    ran = hdovd("runs", "diff", "hf://me/run", own_run)
+    assert ran.code == 0, ran
+    if name != LIST:
+        assert ran.out.count(f"hf://me/run: {name} is not what was pushed, and is downloaded anew") == 1
+    assert [asked.rpartition("/")[2] for asked in hub.asked if asked.startswith("GET") and "/resolve/" in asked] == [
+        name
+    ]
+    assert blob.read_bytes() == good
+
+
+def test_what_is_wrong_again_is_not_downloaded_for_ever(hub: Hub, hdovd: Callable[..., Ran], own_run: Path) -> None:
+    hdovd("push", own_run, "hf://me/run")
+    hub.repositories["model", "me/run"].change(**{"config.toml": b"mine"})
+    for _ in range(2):
+        hub.asked.clear()
+        line = one_line(hdovd("runs", "diff", "hf://me/run", own_run))
+        assert ": config.toml has SHA-256 " in line
+    assert sum(asked.startswith("GET") and asked.endswith("config.toml") for asked in hub.asked) == 1
 
 
 def test_what_is_not_listed_is_not_used(hub: Hub, hdovd: Callable[..., Ran], own_run: Path, tmp_path: Path) -> None:

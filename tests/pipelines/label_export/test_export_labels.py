@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.cli.main import app
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths, read_instances
 from hdovd.pipelines.detection.config import DetectConfig
@@ -245,6 +245,64 @@ def test_pictures_of_detect_are_known(
         tmp_path / "found" / "detections.json", tmp_path / "named", "fiftyone", data=DataPaths(images=world)
     )
     assert not any("not there" in line for line in lines)
+
+
+def test_pictures_of_detect_elsewhere(
+    distilled: RunFolder, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the folder that hdovd detect was run in, beside it and by absolute paths, all at once."""
+    here = tmp_path / "a" / "here"
+    picture(here / "inside.png", 9, 9)
+    picture(tmp_path / "a" / "x.png", 9, 9)
+    monkeypatch.chdir(here)
+    words = ("inside.png", "../x.png", "../../data/val2017/d.jpg", str(data / "val2017" / "a b.jpg"))
+    detect(DetectConfig(run=distilled.path, images=words, out=tmp_path / "found", threshold=0.0, pictures=False))
+    wanted = ["a/here/inside.png", "a/x.png", "data/val2017/d.jpg", "data/val2017/a b.jpg"]
+    for number, images in enumerate((None, here, here)):
+        given = {} if images is None else {"data": DataPaths(images=images)}
+        out, lines = exported(tmp_path / "found" / "detections.json", tmp_path / f"out{number}", "coco", **given)
+        assert [one["file_name"] for one in json.loads((out / "instances.json").read_text())["images"]] == wanted
+        assert not any("not there" in line for line in lines)
+        monkeypatch.chdir(tmp_path)
+    out, _ = exported(tmp_path / "found" / "detections.json", tmp_path / "y", "yolo", data=DataPaths(images=here))
+    assert all((out / "images" / name).samefile(tmp_path / name) for name in wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_names_of_files_that_are_no_text(
+    distilled: RunFolder, data: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Linux allows them. What can hold them holds them; elsewhere they alone are left out."""
+    names = [os.fsdecode(b"caf\xe9.jpg"), os.fsdecode(b"f\xe9/d.jpg"), "gr\u00fcn \ufffd.jpg"]
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        picture(tmp_path / "p" / name, 32, 32)
+    detect(DetectConfig(run=distilled.path, images=("p",), out=tmp_path / "found", threshold=0.0, pictures=False))
+    out, lines = exported(tmp_path / "found" / "detections.json", tmp_path / "out", form)
+    left = [line for line in lines if line.startswith("left out: ")]
+    if form == "yolo":
+        assert not left
+        assert all((out / "images" / "p" / name).samefile(tmp_path / "p" / name) for name in names)
+        assert all(len((out / "labels" / "p" / name).with_suffix(".txt").read_text()) > 9 for name in names)
+        return
+    assert len(left) == 1
+    assert f"2 pictures whose names are no UTF-8, which the texts of {form} cannot hold, but --to yolo" in left[0]
+    assert "p/caf\ufffd.jpg" in left[0]
+    texts = "".join(file.read_text("utf-8") for file in out.iterdir() if file.is_file())
+    assert "caf" not in texts
+    assert "gr\u00fcn" in texts or "gr\\u00fcn" in texts or "gr%C3%BCn" in texts
+    assert lines[-1].endswith(" on 1 picture")
+
+
+@pytest.mark.parametrize(("form", "known"), [("yolo", 2), ("coco", 1)])
+def test_annotations_that_name_files_that_are_no_text(data: Path, tmp_path: Path, form: str, known: int) -> None:
+    file = data / "annotations" / "instances_val2017.json"
+    file.write_text(file.read_text().replace("deep/b&c.jpg", "caf\\udce9.jpg"))
+    _, lines = exported(tmp_path / "detections.json", tmp_path / "out", form, data=DataPaths(data))
+    assert lines[-1].endswith(f" on {counted(known, 'picture')}")
+    file.write_text(file.read_text().replace("caf\\udce9.jpg", "caf\\ud800.jpg"))
+    with pytest.raises(HdovdError, match=r"image 2: file_name is .*ud800.* cannot be printed"):
+        exported(tmp_path / "detections.json", tmp_path / "again", form, data=DataPaths(data))
 
 
 def test_the_command(data: Path, tmp_path: Path, untouched: Callable[[Path], Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import threading
 import time
@@ -18,6 +19,8 @@ from starlette.testclient import TestClient
 
 from hdovd.core.log import lines_to
 from hdovd.pipelines.detection.detector import Detector
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.search.config import BoxSource, SearchConfig
 from hdovd.pipelines.search.search import search
@@ -83,7 +86,7 @@ def test_examples_are_those_of_the_detector(client: TestClient, distilled: RunFo
         assert answer.status_code == 200, answer.text
         assert answer.json()["names"] == [name, "other", base]
         assert _boxes(answer.json()) == _expected(detector, picture)
-    assert client.post("/detect", data={"mix": "2"}, files=files).json()["error"].startswith("--mix 2")
+    assert client.post("/detect", data={"mix": "2"}, files=files).json()["error"].startswith('"mix" 2: expected')
 
 
 def test_hits_are_those_of_a_search(client: TestClient, cache: Path, kept: list[int], picture: Path) -> None:
@@ -171,15 +174,38 @@ def test_what_is_no_picture_is_said_and_no_more(client: TestClient, png: Callabl
         ("/search", {}, "nothing to search for: say words"),
         ("/search", {"words": "tree", "count": "many"}, "count: 'many' is not what was expected: int"),
         ("/search", {"words": "tree", "source": "?"}, "source: '?' is not"),
-        ("/search", {"words": "tree", "box": "1,2"}, "--box 1,2: expected x,y,w,h"),
-        ("/search", {"words": "tree", "box": "1,2,3,4"}, "--box is a box of --image"),
-        ("/search", {"like": "7"}, "--like 7: expected IMAGE_ID:ROW"),
+        ("/search", {"words": "tree", "box": "1,2"}, '"box" 1,2: expected x,y,w,h'),
+        ("/search", {"words": "tree", "box": "1,2,3,4"}, '"box" is a box of "picture": give one "picture" with it'),
+        ("/search", {"like": "7"}, '"like" 7: expected IMAGE_ID:ROW'),
+        ("/search", {"like": "1:999999"}, '"like" 1:999999: there is no such row'),
+        ("/search", {"words": "tree=-1"}, "tree=-1: a weight is a number above 0, such as tree=0.5; what it is to be"),
+        ("/search", {"words": "--clip, --box", "unlike": "--clip, --box"}, "the parts of the query add up to nothing"),
         ("/search", {"words": "tree", "unlike": "tree"}, "the parts of the query add up to nothing"),
     ],
 )
 def test_fields_that_do_not_fit(client: TestClient, path: str, fields: dict[str, str], why: str) -> None:
     answer = client.post(path, data=fields)
     assert (answer.status_code, answer.json()["error"][: len(why)]) == (422, why)
+
+
+def test_errors_of_commands_speak_of_fields(
+    client: TestClient, extraction: Callable[..., ExtractConfig], clip: str, tmp_path: Path, png: Callable[..., bytes]
+) -> None:
+    """Or of how the server was started, or of another command; of no option alone."""
+    shutil.copytree(clip.removeprefix("local-dir:"), tmp_path / "clip")
+    extract_clip(extraction(tmp_path / "cache", clip=f"local-dir:{tmp_path / 'clip'}"))
+    shutil.rmtree(tmp_path / "clip")
+    without = TestClient(Site(ServeConfig(cache=tmp_path / "cache", device="cpu")).app, HOME)
+    crops = {"picture": png(), "example:cat": png(), "example:Cat": png()}
+    errors = [
+        client.post("/detect", files=crops).json()["error"],
+        client.post("/search", data={"box": "0,0,99,99"}, files={"picture": png()}).json()["error"],
+        without.post("/search", data={"words": "tree"}).json()["error"],
+    ]
+    assert errors[0] == '"example": named twice: Cat, cat; each class once, in capitals or not'
+    assert errors[1] == '"box" 0,0,99,99 is not within the picture, which is 40x30'
+    assert "If it lies elsewhere now, say where: hdovd serve --clip, hdovd serve --pretrained" in errors[2]
+    assert not re.search(r"(?<!hdovd )(?<!serve )--", "".join(errors))
 
 
 def test_a_box_beside_the_picture(client: TestClient, png: Callable[..., bytes]) -> None:
@@ -208,7 +234,9 @@ def test_no_path_is_told(
         assert "/" not in answer.json()["error"].replace("(a place on the server)", "")
         assert "a place on the server" in answer.text
     assert any(str(copied_cache) in line for line in lines)  # who runs it sees all
-    assert "--clip" in answers[2].json()["error"]
+    assert "hdovd serve --clip" in answers[2].json()["error"]
+    for answer in answers:
+        assert not re.search(r"(?<!hdovd )(?<!serve )(?<!search )(?<!detect )--", answer.json()["error"])
     of_run = client.post(
         "/detect", data={"names": distilled.protocol().novel[0]}, files={"picture": picture.read_bytes()}
     )

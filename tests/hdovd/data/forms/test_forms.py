@@ -971,6 +971,14 @@ def test_validation_that_cannot_be_converted_is_told_and_training_goes_on(tmp_pa
     assert load(tmp_path).images
 
 
+def test_a_picture_whose_name_is_no_text_is_named(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    for file in sorted(tmp_path.rglob("a1.*")):
+        file.rename(file.with_name(os.fsdecode(b"caf\xe9") + file.suffix))
+    with pytest.raises(HdovdError, match=r"image \d+: file_name is .*caf\\udce9\.jpg', which holds a character that"):
+        load(tmp_path)
+
+
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
     write_voc(tmp_path / "voc")
