@@ -46,6 +46,7 @@ from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.device import pick_device, team
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.common.settings import value_at
+from hdovd.pipelines.dataloading.sampler import key_of
 from hdovd.pipelines.detection.examples import Gap
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.evaluation.evaluate import Validation, load_detector, results
@@ -62,7 +63,9 @@ SLOWER = 4  # so many times smaller a learning rate than the run's, where there 
 MOST_EPOCHS, LEAST_SHARE = 20, 0.25  # how often a new picture is seen at most; share of earlier ones at least
 LONGEST = 4000  # steps that a run is taken to have had where it does not say
 SURE = 0.5  # score of a box that the run teaches
-MOST_LOST = 3.0  # points of AP50 that interpolation may cost the old base classes
+MOST_LOST = 1.0  # points of AP50 that interpolation may cost the old base classes
+BY_HEART = 3  # times as much as of others is lost of pictures that the run was trained on
+MOST_JUDGED = 500  # validation images
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NAIVE = (  # to compare with: boxes alone, and what has none is background
     "loss.class.federated=false",
@@ -85,6 +88,7 @@ def adapt(config: AdaptConfig) -> RunFolder:
     run, new = RunFolder.open(config.init, trusted=config.trust), RunFolder(config.out)
     with team(config.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
         own, joined, data = _data(config, run)
+        olds = _old_validation(config, run)
         shown = _with_examples(data, run) if config.examples and data.recipe.loss.uses_pseudo_boxes else []
         recipe = planned(run, data, config.settings, config.share)
         earlier = [data.replay] if data.replay is not None else []
@@ -112,7 +116,8 @@ def adapt(config: AdaptConfig) -> RunFolder:
             for part in earlier:
                 tell_cache(part.cache, new)
             if (known := new.record().get("mix")) is None or config.mix not in (None, known["factor"]):
-                new.add_to_record(mix=_mix(run, new, data, config.mix, us.device))
+                judges = _old_judges(run, data, olds)
+                new.add_to_record(mix=_mix(run, new, data, judges, config.mix, us.device))
         us.wait()
         runs = {"before": run, "after": new}
         if config.compare_naive:
@@ -132,7 +137,9 @@ def adapt(config: AdaptConfig) -> RunFolder:
                 {"adapted": about | {"naive": True}},
             )
         if us.leads:
-            log(retention(runs, _validation(config, run), us.device))
+            every = [*([config.validation] if config.validation else []), *(old for old, _ in olds)]
+            once = {one.annotation_file("val2017").resolve(): one for one in every}
+            log(retention(runs, [*once.values()], us.device))
         us.wait()
     return new
 
@@ -236,26 +243,47 @@ def planned(run: RunFolder, data: JudgedSet, settings: Sequence[str], share: flo
     return recipe
 
 
-def _validation(config: AdaptConfig, run: RunFolder) -> list[DataPaths]:
-    """The validation images of the new data, and of the data of the run and of those before it, as far as they are
-    there.
-    """
-    olds = [DataPaths(config.replay_data)] if config.replay_data else []
-    for one in adapted_from(run):
+def _old_validation(config: AdaptConfig, run: RunFolder) -> list[tuple[DataPaths, Protocol]]:
+    """The data of the run, and of those before it, that have validation images and are there, and their classes."""
+    found, chain = dict[Path, tuple[DataPaths, Protocol]](), adapted_from(run)
+    for one in chain:
+        moved = config.replay_data is not None and one == chain[-1]
         try:
-            olds.append(data_of_cache(one))
+            old = DataPaths(config.replay_data) if moved else data_of_cache(one)
         except HdovdError as error:
             log(f"note: no validation on the data of {one.path}: {error}")
-    found = [] if config.validation is None else [config.validation]
-    found += [DataPaths(old.root, form=old.form) for old in olds if old.root is not None and old.has("val2017")]
-    return list({one.annotation_file("val2017").resolve(): one for one in found}.values())
+            continue
+        if old.root is not None and old.has("val2017"):
+            old, own = DataPaths(old.root, form=old.form), one.record().get("adapted", one.record())["protocol"]
+            found.setdefault(old.annotation_file("val2017").resolve(), (old, parse_protocol(own)))
+    return [*found.values()]
 
 
-def _judging(data: JudgedSet, images: Sequence[tuple[JudgedSet, ImageBoxes]], device: torch.device) -> Validation:
-    """Detection and AP on training images, in their order, of the joined base classes, as LVIS counts it: in each image
-    of the classes that it is judged by, or, where the run taught boxes in place of earlier images, of all.
+def _old_judges(run: RunFolder, data: JudgedSet, olds: Sequence[tuple[DataPaths, Protocol]]) -> list[JudgedSet]:
+    """What the old base classes are judged by: validation images that the run was not trained on, or, where there are
+    none, earlier pictures that are held out now.
     """
-    targets, every = [part.targets(image) for part, image in images], data.replay is None and bool(data.taught)
+    parts = list[JudgedSet]()
+    recipe = load_recipe(
+        str(run.path / "config.toml"), [f"loss.{one}.enabled=false" for one in ("instance", "class", "image")]
+    )
+    for where, own in olds:
+        with quiet():
+            split = where.load("val2017", own, base_only=True, exif=recipe.input.exif)
+        part = JudgedSet(split, data.cache, recipe, own, data.rows, data.base)
+        told = sorted((image for image in split.images if len(image.labels)), key=lambda image: key_of(0, -3, image.id))
+        part.judging = told[:MOST_JUDGED]
+        parts.append(part)
+    return parts or [part for part in [data.replay] if part is not None]
+
+
+def _judging(
+    data: JudgedSet, images: Sequence[tuple[JudgedSet, ImageBoxes]], device: torch.device, every: bool = False
+) -> Validation:
+    """Detection and AP on images, in their order, of the joined base classes, as LVIS counts it: in each image of the
+    classes that it is judged by, or of `every` one, by the boxes that the run taught.
+    """
+    targets = [part.targets(image) for part, image in images]
     judged = [set(np.flatnonzero(every | np.asarray(t.judged)).tolist()) for t in targets]
     pictures = [
         {
@@ -320,9 +348,17 @@ def taught_boxes(model: Detector, data: JudgedSet, device: torch.device) -> dict
     return taught
 
 
-def _mix(run: RunFolder, new: RunFolder, data: JudgedSet, factor: float | None, device: torch.device) -> dict[str, Any]:
+def _mix(
+    run: RunFolder,
+    new: RunFolder,
+    data: JudgedSet,
+    others: Sequence[JudgedSet],
+    factor: float | None,
+    device: torch.device,
+) -> dict[str, Any]:
     """Replace the new run's weights by the best mix with those of the run that it began with, or by that of `factor`;
-    returns what its record says of it. Memories and counters stay as they were trained.
+    returns what its record says of it. Memories and counters stay as they were trained. `others`: by what the old base
+    classes are judged.
     """
     trained, texts = new.path / "trained.safetensors", torch.from_numpy(data.class_embeddings(data.base))
     if not trained.is_file():
@@ -333,21 +369,23 @@ def _mix(run: RunFolder, new: RunFolder, data: JudgedSet, factor: float | None, 
     )
     after = {name: value.clone() for name, value in model.state_dict().items()}
     names = [n for n in weights_of(model) if n in before and n in after and before[n].shape == after[n].shape]
-    judging = [(part, image) for part in (data, data.replay) if part is not None for image in part.judging]
-    trained_on = sum(len(part.judging) for part in (data, data.replay) if part is not None and part.few)
-    validation, table, best = _judging(data, judging, device), list[dict[str, Any]](), (-1.0, 0.0)
+    judging = [(part, image) for part in (data, *others) for image in part.judging]
+    lost = MOST_LOST * (BY_HEART if not others or data.replay in others else 1)
+    validation = _judging(data, judging, device, every=not others and bool(data.taught))
+    table, best = list[dict[str, Any]](), (-1.0, 0.0)
     for one in FACTORS if factor is None else (factor,):
         model.load_state_dict(after | {name: torch.lerp(before[name], after[name], one) for name in names})
         found = validation.run(model, texts).combined.summary()["ap50"]
         table.append({"factor": one, "new": found["new"], "old base": found["old base"]})
         log(f"weights {one:g} new: AP50 new {ap(found['new'])}, old base {ap(found['old base'])}")
-        kept = (found["old base"] or 0) >= (table[0]["old base"] or 0) - MOST_LOST
+        kept = (found["old base"] or 0) >= (table[0]["old base"] or 0) - lost
         if kept and (reached := (found["new"] or 0, one)) > best:
             best = reached
             new.save_model(model)
+    trained_on = f", {len(data.judging)} of which were trained on" if data.few else ""
     log(
         f"the weights of {new.path} are {best[1]:g} new and {1 - best[1]:g} of RUN, by {len(judging)} pictures"
-        + (f", {trained_on} of which were trained on" if trained_on else "")
+        f"{trained_on}: the best for the new classes that cost the old base classes {lost:g} points or less"
     )
     tried = {row["factor"]: row for row in [*new.record().get("mix", {}).get("table", []), *table]}
     return {
@@ -355,7 +393,6 @@ def _mix(run: RunFolder, new: RunFolder, data: JudgedSet, factor: float | None, 
         "given": factor is not None,
         "tensors": len(names),
         "judged": len(judging),
-        "trained_on": trained_on,
         "table": [tried[one] for one in sorted(tried)],
     }
 

@@ -326,7 +326,7 @@ def test_held_out_pictures_are_judged_as_they_should_be(data: JudgedSet, monkeyp
     assert taught.truth.average_precision([]).summary()["ap50"]["old base"] is None  # it would be found by heart
     alone = replace_replay(data, None)
     alone.taught = {data.judging[0].id: torch.tensor([[1.0, 1.0, 20.0, 20.0, float(old)]])}
-    taught = stage._judging(alone, [(alone, image) for image in alone.judging], torch.device("cpu"))
+    taught = stage._judging(alone, [(alone, image) for image in alone.judging], torch.device("cpu"), every=True)
     wrong = Detections(torch.tensor([[30.0, 30.0, 40.0, 40.0]]), torch.tensor([0.9]), torch.tensor([old]))
     rows = results(taught.split, [wrong, *[wrong] * (len(alone.judging) - 1)])
     assert taught.truth.average_precision(rows).summary()["ap50"]["old base"] == 0
@@ -382,6 +382,21 @@ def test_a_class_whose_name_says_nothing_is_what_its_boxes_are(
     assert (found[1].embeddings.numpy() @ rows["hook"] > found[1].embeddings.numpy() @ some.rows["boat"]).all()
 
 
+def test_old_classes_are_judged_by_pictures_that_the_run_was_not_trained_on(
+    data: JudgedSet, config: AdaptConfig, distilled: RunFolder, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    olds = stage._old_validation(config, distilled)
+    (part,) = stage._old_judges(distilled, data, olds)
+    tree = json.loads((world / "annotations" / "instances_val2017.json").read_text())
+    names = {c["id"]: c["name"] for c in tree["categories"]}
+    wanted = {a["image_id"] for a in tree["annotations"] if names[a["category_id"]] in BASE}
+    assert {image.id for image in part.judging} == wanted
+    assert set(part.base[k] for k in part.targets(part.judging[0]).judged.nonzero().flatten().tolist()) == set(BASE)  # type: ignore[union-attr]
+    monkeypatch.setattr(stage, "MOST_JUDGED", 2)
+    assert len(stage._old_judges(distilled, data, olds)[0].judging) == 2
+    assert stage._old_judges(distilled, data, []) == [data.replay]
+
+
 # --- how much ---
 
 
@@ -406,9 +421,9 @@ def test_how_much_is_trained_is_decided_by_how_much_there_is(
     assert "the run had 40 steps" in said[0]
     planned(distilled, data, [], share=0.5)
     assert data.drawn == new
+    few = replace_replay(data, data.replay)
     data.few = False
     assert planned(distilled, data, []).train.lr == old.lr
-    few = replace_replay(data, data.replay)
     few.images = few.images[:2]
     assert planned(distilled, few, []).train.epochs == stage.MOST_EPOCHS  # no new picture is seen more often
     seen = anew * (1 + 2 / earlier) / 4 / 0.8
@@ -417,7 +432,7 @@ def test_how_much_is_trained_is_decided_by_how_much_there_is(
     plan = planned(distilled, alone, [])
     assert (alone.drawn, plan.train.batch_size, plan.train.epochs) == (0, 2, stage.MOST_EPOCHS)
     assert plan.train.lr == pytest.approx(old.lr / 4 * 2 / old.batch_size)
-    alone.images = [data.images[0]] * 1000
+    alone.images, alone.few = [data.images[0]] * 1000, False
     many = planned(distilled, alone, [])
     assert many.detector.backbone.frozen_stages == backbone.frozen_stages
     assert many.train.epochs == 1
@@ -473,7 +488,7 @@ def test_an_adapted_run_knows_both(adapted: tuple[RunFolder, str], distilled: Ru
     assert str(run.path.resolve()) in {user.path for user in Catalog(training_cache).runs()}
     assert [row["factor"] for row in record["mix"]["table"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
     table = record["mix"]["table"]
-    kept = [row for row in table if row["old base"] >= table[0]["old base"] - stage.MOST_LOST]
+    kept = [row for row in table if row["old base"] >= table[0]["old base"] - stage.MOST_LOST]  # on validation images
     assert record["mix"]["factor"] == max(kept, key=lambda row: (row["new"], row["factor"]))["factor"]
     assert read_run(run.path).state is State.NOT_EVALUATED
     assert "taught, on" in said
@@ -597,8 +612,11 @@ def test_other_detectors(
     assert all(plain[name] == 0 for name in levels)
 
 
-def test_without_replay_and_teacher(config: AdaptConfig, adapted: tuple[RunFolder, str], tmp_path: Path) -> None:
-    """In the place of a run that had both."""
+def test_without_replay_and_teacher(
+    config: AdaptConfig, adapted: tuple[RunFolder, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the place of a run that had both. Where its data are gone nothing tells what its classes lose."""
+    monkeypatch.setattr(stage, "_old_validation", lambda *_: [])
     out = Path(shutil.copytree(adapted[0].path, tmp_path / "new"))
     run = adapt(replace(config, replay=None, teacher=False, out=out, overwrite=True, protocol=None))
     assert not (run.path / "teacher.json").exists()
