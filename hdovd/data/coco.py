@@ -542,8 +542,7 @@ class DataPaths:
         files, named = self.locate(split), self.annotations is None or self.form != AUTO
         federated = self._form().federated if named else None
         loaded = replace(load_split(*files, protocol, base_only=base_only, federated=federated), exif=Exif(exif))
-        for line in loaded.skips.lines():
-            log(line)
+        log(*loaded.skips.lines())
         if loaded.empty:
             classes, switch = ("base", "keep_empty_train") if base_only else ("protocol's", "keep_empty_val")
             log(

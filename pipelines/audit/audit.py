@@ -91,8 +91,7 @@ def audit(config: AuditConfig) -> AuditReport:
             _made(audited, "pseudo boxes", checks.pseudo_boxes),
         ],
     )
-    for line in report.lines():
-        log(line)
+    log(*report.lines())
     if config.json_out is not None:
         tree = report.to_dict() | {
             "levels": {str(level): cache.key(level) for level in cache.levels()},

@@ -348,8 +348,7 @@ def _survey(config: ImportConfig, split: Split, read: Read) -> _Survey:
             with_images = True
         for row in () if image.proposal_text is None else image.proposal_text.astype(np.float16):
             hashes[Level.PSEUDO_LABEL].update(texts.setdefault(row.tobytes(), len(texts)).to_bytes(8, "little"))
-    for image_id, reason in list(failed.items())[:20]:
-        log(f"left out: image {image_id}: {reason}")
+    log(*(f"left out: image {image_id}: {reason}" for image_id, reason in list(failed.items())[:20]))
     if len(failed) == len(split.images):
         raise HdovdError(
             f"nothing in {config.source} fits {split.annotations}: all {len(failed)} images were left out, first of "
@@ -460,8 +459,7 @@ def _write_classes(config: ImportConfig, names: tuple[str, ...], catalog: Catalo
     clip = load_clip(
         config.clip, config.pretrained, device=config.device, precision=config.precision, activation=config.activation
     )
-    for note in clip.notes:
-        log(note)
+    log(*clip.notes)
     if clip.dim != dim:
         raise HdovdError(
             f"--clip {config.clip} embeds in {clip.dim} values, {config.source} holds {dim}: it is not the CLIP that "

@@ -257,10 +257,13 @@ def _check_folder(config: CheckConfig, report: CheckReport, teacher: Teacher | N
     load = lru_cache(_load_clip) if teacher is None else lambda *_: teacher  # sets of one CLIP share it
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
         _check_pictures(config, name, features, report, load)
-    for line in checked.unfinished:
-        log(f"not finished, which is no fault: {line}")
-    for line in unsealed_records(folder):
-        log(f"no checksum: {line} was written by an older version; what it says was not checked")
+    log(*(f"not finished, which is no fault: {line}" for line in checked.unfinished))
+    log(
+        *(
+            f"no checksum: {line} was written by an older version; what it says was not checked"
+            for line in unsealed_records(folder)
+        )
+    )
     log(
         f"checked {counted(checked.products, 'product')}: {checked.objects:,d} objects of {size(checked.bytes)} by "
         f"size and checksum, {checked.rows:,d} rows in {checked.parts:,d} parts by value"
@@ -356,8 +359,7 @@ def _mark_missing(config: CheckConfig, findings: Sequence[Finding]) -> None:
         f"{counted(len(gone), 'object')} marked as missing; "
         + ("now run, to make them again:" if commands else "no set uses them: hdovd cache gc deletes what nothing uses")
     )
-    for command in commands:
-        log(f"  {command}")
+    log(*(f"  {command}" for command in commands))
 
 
 def _command(cache: Path | str, name: str, features: FeatureSet) -> str:

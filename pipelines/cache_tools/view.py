@@ -259,8 +259,7 @@ def view_images(config: ViewConfig) -> list[Path]:
     for image in (images[image_id] for image_id in ids):
         path, problem, picture = split.path(image), "", None
         view = gather_view(cache, image.id, image, names=protocol.names, file=path, reliability=reliability)
-        for line in view_lines(view, protocol.novel):
-            log(line)
+        log(*view_lines(view, protocol.novel))
         try:
             picture = read_image(path, image.width, image.height, exif=split.exif)
         except HdovdError as error:  # the extraction could not read it either: its boxes are still to be seen

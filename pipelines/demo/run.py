@@ -139,8 +139,13 @@ class _Stages:
 
         Raises HdovdError for a job that fails, with the end of its log, and Stopped if a signal came.
         """
-        for words in (words for job in jobs for words in job.commands):
-            log("\n$ " + (f"hdovd {shlex.join(words[3:])}" if words[1] == "-m" else shlex.join(words)))
+        log(
+            *(
+                "\n$ " + (f"hdovd {shlex.join(words[3:])}" if words[1] == "-m" else shlex.join(words))
+                for job in jobs
+                for words in job.commands
+            )
+        )
         count = min(len(jobs), usable_cores())
         log(f"\n{count} at a time; what they print is in " + " ".join(shlex.quote(str(job.log)) for job in jobs))
 

@@ -71,8 +71,7 @@ def export_tars(config: ExportConfig) -> TarMeta:
         cache.require(level, {"images": inputs[level]["images"]} if only_images else inputs[level])
     about = {"protocol": protocol.to_dict(), "data": {str(level): value for level, value in inputs.items()}}
     writer = TarWriter(config.out, TarMeta.of(Catalog(config.cache), config.features, config.samples, about))
-    for name in writer.folder.sweep():
-        log(f"deleted {name}, left half-written by a process that is dead")
+    log(*(f"deleted {name}, left half-written by a process that is dead" for name in writer.folder.sweep()))
     todo, failed = writer.unfinished(), cache.failed()
     if len(todo) < writer.meta.shards:
         log(f"{config.out}: there already: {writer.meta.shards - len(todo)} of {writer.meta.shards} shards")

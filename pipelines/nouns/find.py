@@ -98,8 +98,7 @@ def find_nouns(job: NounsConfig) -> NounsReport:
         "hdovd": __version__,
     }
     write_noun_file(job.out, report.nouns, made_by, dict(_most(report.unmatched, UNMATCHED_KEPT)))
-    for line in report_lines(job, report, len(protocol.novel)):
-        log(line)
+    log(*report_lines(job, report, len(protocol.novel)))
     return report
 
 

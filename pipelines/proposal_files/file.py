@@ -191,8 +191,7 @@ def convert_proposals(
     if out.resolve() == source.resolve():
         raise HdovdError(f"--out {out} is the file to read: give another name")
     table = read_table(source, annotations, order)
-    for note in table.notes:
-        log(note)
+    log(*table.notes)
     bad = int((~np.isfinite(table.box).all(1) | ~np.isfinite(table.score)).sum())
     if bad:
         log(f"{bad:,d} entries hold what is no finite number; they are kept, and extract-clip will skip them")

@@ -139,8 +139,7 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     done = [parts.read(part) for part in parts.numbers()]
     us.wait()
     found = {image_id: proposals for part, _ in done for image_id, proposals in part.items()}
-    for problem in (problem for _, told in done for problem in told["unreadable"]):
-        log(f"skipped: {problem}")
+    log(*(f"skipped: {problem}" for _, told in done for problem in told["unreadable"]))
     if us.leads:
         _write(job, found, origin)
         shutil.rmtree(parts.folder, ignore_errors=True)

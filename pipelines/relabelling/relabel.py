@@ -160,8 +160,7 @@ def _write(config: RelabelConfig, parts: Parts, before: int, origin: dict[str, A
     for part in parts.numbers():
         boxes, told = parts.read(part)
         found |= boxes
-        for problem in told["unreadable"]:
-            log(f"skipped: {problem}")
+        log(*(f"skipped: {problem}" for problem in told["unreadable"]))
     scores = np.concatenate([np.zeros(0), *(own.scores for own in found.values())])
     if not len(scores):
         raise HdovdError(f"{config.run} finds nothing on the training images besides base boxes")
