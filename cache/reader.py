@@ -204,8 +204,7 @@ class FeatureCache:
 
     def image_embedding(self, image_id: int) -> np.ndarray:
         """(D,) float16."""
-        row: np.ndarray = self._table(Level.IMAGE, "embedding")[self._row(Level.IMAGE, image_id)]
-        return row
+        return self._table(Level.IMAGE, "embedding")[self._row(Level.IMAGE, image_id)]
 
     def instance_embeddings(self, image_id: int) -> np.ndarray:
         """(n, D) float16, the instance rows of one image."""
@@ -361,5 +360,4 @@ def require_unit(rows: np.ndarray, what: str) -> None:
 def normalised_rows(rows: np.ndarray) -> np.ndarray:
     """Stored float16 rows (n, D), of norm one again in float32; rows of zeros, which no embedding is, stay so."""
     wide = rows.astype(np.float32)
-    normalised: np.ndarray = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
-    return normalised
+    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)

@@ -179,8 +179,7 @@ class TarMeta:
         return range(shard * self.samples, min((shard + 1) * self.samples, self.images))
 
     def attributes(self, level: Level) -> dict[str, Any]:
-        found: dict[str, Any] = self.products[level]["attributes"]
-        return found
+        return self.products[level]["attributes"]
 
     def key_inputs(self) -> dict[Level, KeyInputs]:
         return {level: self.attributes(level)["key_inputs"] for level in self.products}
@@ -555,5 +554,4 @@ def _open(folder: Folder, name: str) -> IO[bytes]:
     from fsspec.core import url_to_fs
 
     system, where = url_to_fs(f"{folder.url}/{name}", use_listings_cache=False)
-    stream: IO[bytes] = system.open(where, "rb", block_size=STREAM_BLOCK)
-    return stream
+    return system.open(where, "rb", block_size=STREAM_BLOCK)

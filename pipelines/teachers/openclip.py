@@ -132,8 +132,7 @@ class ClipTeacher:
     def reference_transform(self) -> Callable[[Image.Image], Tensor]:
         """open_clip's own transform, PIL image -> (3, *input_size) float32: what `transform` has to equal."""
         config = open_clip.transform.PreprocessCfg(**self.model.visual.preprocess_cfg)
-        transform: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(config, is_train=False)
-        return transform
+        return open_clip.transform.image_transform_v2(config, is_train=False)
 
     @torch.inference_mode()
     def embed_names(self, names: Sequence[Name], templates: Sequence[str]) -> np.ndarray:

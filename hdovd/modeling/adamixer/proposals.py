@@ -139,8 +139,7 @@ class QueryProposals(nn.Module):
         size.
         """
         points = to_xyzr(boxes)[..., None, None, :3]
-        content: Tensor = self.content_norm(table.sample(points, 1)[..., 0, 0, :])
-        return content
+        return self.content_norm(table.sample(points, 1)[..., 0, 0, :])
 
 
 def by_rank(probability: Tensor, distinct: Tensor) -> Tensor:

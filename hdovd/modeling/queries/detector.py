@@ -54,13 +54,11 @@ class QueryStage(nn.Module):
 
     def describe(self, content: Tensor) -> Tensor:
         """The class feature c (..., D) float32 of contents (..., C): in the space of CLIP's image embeddings."""
-        c: Tensor = self.class_feature(content).float()
-        return c
+        return self.class_feature(content).float()
 
     def object_logits(self, content: Tensor) -> Tensor:
         """Logits (...) float32 of there being an object."""
-        logits: Tensor = self.objectness(content)[..., 0].float()
-        return logits
+        return self.objectness(content)[..., 0].float()
 
 
 @dataclass(frozen=True, slots=True)
