@@ -11,8 +11,7 @@ from hdovd.pipelines.demo.config import DemoConfig
 @command
 def demo(config: DemoConfig, context: typer.Context) -> None:
     """Prints every command before it runs, so that you can repeat it by hand. Minutes on two CPU cores."""
-    from hdovd.pipelines.demo.run import demo as run
-    from hdovd.pipelines.demo.run import demo_table
+    from hdovd.pipelines.demo.run import demo as run, demo_table
 
     root = context.find_root().command
 

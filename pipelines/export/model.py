@@ -36,8 +36,7 @@ from hdovd.config.recipe import InferenceConfig, InputConfig, build_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
 from hdovd.core.version import __version__
-from hdovd.modeling.base import Detector as Model
-from hdovd.modeling.base import build_detector
+from hdovd.modeling.base import Detector as Model, build_detector
 from hdovd.modeling.batching import input_size
 from hdovd.modeling.boxes import Detections, detect
 from hdovd.modeling.export.detectors import ExportableDetector
