@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.schema import Level, Source
+from hdovd.core.errors import HdovdError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,6 +109,20 @@ def differences(
                 f"{prefix}{name} differs: {sides[0]} {short(a)}, {sides[1]} {short(b)}{_first_difference(a, b)}"
             )
     return lines
+
+
+def require_same(
+    expected: KeyInputs,
+    found: KeyInputs,
+    what: str,
+    advice: str = "",
+    *,
+    sides: tuple[str, str] = ("expected", "the cache has"),
+) -> None:
+    """Raises HdovdError unless inputs are the same: `what` is wrong, a line for every difference, and `advice`."""
+    lines = differences(expected, found, sides=sides)
+    if lines:
+        raise HdovdError("\n  ".join([f"{what}:", *lines]) + (advice and f"\n{advice}"))
 
 
 def short(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.cache.catalog import Catalog
-from hdovd.cache.identity import KeyInputs, differences, key_of
+from hdovd.cache.identity import KeyInputs, differences, key_of, require_same
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
 from hdovd.cache.schema import DEFAULT_SET, PART_ROWS, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
@@ -128,14 +128,12 @@ class FeatureCache:
     def require(self, level: Level, expected: KeyInputs) -> None:
         """Refuse a level whose inputs differ from `expected` (a part of its inputs). Raises HdovdError."""
         found = self.key_inputs(level)
-        lines = differences(expected, {name: found.get(name) for name in expected})
-        if lines:
-            raise HdovdError(
-                f"the {level} level of {self.url} does not fit this data:\n  "
-                + "\n  ".join(lines)
-                + "\nExtract it with hdovd extract-clip (what did not change is kept), or give the data it was made "
-                "from."
-            )
+        require_same(
+            expected,
+            {name: found.get(name) for name in expected},
+            f"the {level} level of {self.url} does not fit this data",
+            "Extract it with hdovd extract-clip (what did not change is kept), or give the data it was made from.",
+        )
 
     def require_together(self) -> None:
         """Refuse a set whose levels do not belong together: other CLIPs, or embeddings of other boxes. Raises

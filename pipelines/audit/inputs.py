@@ -4,7 +4,6 @@
 Training never sees these: `coco.load_split` leaves novel boxes out. N images, A annotations, M rows of boxes.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +45,6 @@ class GroundTruth:
 
     def class_name(self, row: int) -> str:
         return self.names.get(int(self.category[row]), f"category {self.category[row]}")
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_truth(file: Path, folder: Path | None = None) -> GroundTruth:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.cache.catalog import Catalog, FeatureSet, group_objects, is_tar_form
-from hdovd.cache.identity import differences
+from hdovd.cache.identity import require_same
 from hdovd.cache.picture_files import known_files
 from hdovd.cache.product import Product, record_name
 from hdovd.cache.rows import open_rows
@@ -127,17 +127,13 @@ def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
 
 
 def _refuse_others(product: Product, have: dict[str, Any]) -> None:
-    lines = differences(
+    require_same(
         {name: product.key_inputs[name] for name in have if name in product.key_inputs},
         have,
+        f"{product.folder.url}: {product} was made by another CLIP",
+        "Give the one that it was made with: --clip, --pretrained.",
         sides=("the cache has", "the CLIP named has"),
     )
-    if lines:
-        raise HdovdError(
-            f"{product.folder.url}: {product} was made by another CLIP:\n  "
-            + "\n  ".join(lines)
-            + "\nGive the one that it was made with: --clip, --pretrained."
-        )
 
 
 def _cosines(product: Product, embedder: Embedder, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import KeyInputs, differences, hash_file
+from hdovd.cache.identity import KeyInputs, hash_file, require_same
 from hdovd.cache.picture_files import known_files
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TAR_META, Level
@@ -415,11 +415,8 @@ def _require_same(config: ExtractConfig, extraction: Extraction, meta: TarMeta) 
             f"{config.cache} holds the set of features {meta.name}, not {config.features}: give another folder"
         )
     expected = {str(plan.level): plan.inputs for plan in extraction.plans.values()}
-    lines = differences(expected, {str(level): inputs for level, inputs in meta.key_inputs().items()})
-    if lines:
-        raise HdovdError(
-            f"{config.cache} holds tar shards made from something else; give another folder:\n  " + "\n  ".join(lines)
-        )
+    found = {str(level): inputs for level, inputs in meta.key_inputs().items()}
+    require_same(expected, found, f"{config.cache} holds tar shards made from something else; give another folder")
 
 
 def _hit(config: ExtractConfig, extraction: Extraction, meta: TarMeta) -> ExtractReport:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset, get_worker_info
 
-from hdovd.cache.identity import differences
+from hdovd.cache.identity import require_same
 from hdovd.cache.reader import FeatureCache, InstanceRows, no_labels, require_together, require_unit
 from hdovd.cache.schema import DEFAULT_SET, Level, Source
 from hdovd.cache.tar_shards import TarSample, TarShards
@@ -196,11 +196,12 @@ class TarTrainingSet(Dataset[Sample]):
             raise HdovdError(
                 f"{self.url} does not say what it was exported from ({error!r}): export the cache again"
             ) from error
-        if loss.uses_pseudo_boxes and (lines := differences(wanted, inputs[Level.BOXES]["base_boxes"])):
-            raise HdovdError(
-                f"{self.url} has no embeddings of the base boxes:\n  "
-                + "\n  ".join(lines)
-                + "\nTrain with --set loss.instance.enabled=false --set loss.class.enabled=false, or extract them"
+        if loss.uses_pseudo_boxes:
+            require_same(
+                wanted,
+                inputs[Level.BOXES]["base_boxes"],
+                f"{self.url} has no embeddings of the base boxes",
+                "Train with --set loss.instance.enabled=false --set loss.class.enabled=false, or extract them",
             )
         if not same:
             differ = sorted(set(theirs["base"]) ^ set(protocol.base))
