@@ -120,8 +120,7 @@ def require_same(
     sides: tuple[str, str] = ("expected", "the cache has"),
 ) -> None:
     """Raises HdovdError unless inputs are the same: `what` is wrong, a line for every difference, and `advice`."""
-    lines = differences(expected, found, sides=sides)
-    if lines:
+    if lines := differences(expected, found, sides=sides):
         raise HdovdError("\n  ".join([f"{what}:", *lines]) + (advice and f"\n{advice}"))
 
 

@@ -167,8 +167,7 @@ class FeatureCache:
     def class_embeddings(self, names: Sequence[str]) -> np.ndarray:
         """(len(names), D) float32 text embeddings. Raises HdovdError for a name that was not extracted."""
         have = {name: row for row, name in enumerate(self.names(Level.CLASS))}
-        missing = [n for n in names if n not in have]
-        if missing:
+        if missing := [n for n in names if n not in have]:
             raise HdovdError(f"{self.url} has no text embedding of {missing[:8]}: extract it with the same --protocol")
         return self.embeddings(Level.CLASS)[[have[n] for n in names]]
 

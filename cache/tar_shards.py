@@ -315,8 +315,7 @@ class TarShards:
                 f"{root} holds no {TAR_META}: expected a folder that hdovd cache export --to webdataset wrote"
             ) from None
         everything = {_name(number, "tar"): number for number in range(self.meta.shards)}
-        unknown = [name for name in names or () if name not in everything]
-        if unknown:
+        if unknown := [name for name in names or () if name not in everything]:
             raise HdovdError(
                 f"{root} has {self.meta.shards} shards, {_name(0, 'tar')} and on; asked for {shorten([*unknown])}"
             )
@@ -441,8 +440,7 @@ class TarWriter:
         there = [name for name in self.folder.sizes("") if not name.startswith(".")]
         if TAR_META in there:
             found = TarMeta.from_bytes(self.folder.read(TAR_META), f"{url}/{TAR_META}")
-            lines = differences(meta.identity(), found.identity())
-            if lines:
+            if lines := differences(meta.identity(), found.identity()):
                 raise HdovdError(
                     f"{url} holds the shards of something else; give another folder:\n  " + "\n  ".join(lines[:20])
                 )

@@ -446,16 +446,14 @@ def _names(categories: list[dict[str, Any]], file: Path) -> dict[int, str]:
                 f"the categories anew, and their annotations with them"
             )
         names[number] = name
-    twice = sorted(name for name, count in Counter(names.values()).items() if count > 1)
-    if twice:
+    if twice := sorted(name for name, count in Counter(names.values()).items() if count > 1):
         raise HdovdError(f"{file}: categories of the same name: {shorten(list(twice))}; rename or merge them")
     return names
 
 
 def _labels(names: dict[int, str], protocol: Protocol, file: Path) -> tuple[dict[int, int], tuple[int, ...]]:
     id_of = {name: number for number, name in names.items()}
-    absent = [name for name in protocol.names if name not in id_of]
-    if absent:
+    if absent := [name for name in protocol.names if name not in id_of]:
         near = {name: get_close_matches(name, id_of, 1) for name in absent}
         hints = "; ".join(
             f"{name!r}" + (f" (the file has {n[0]!r})" if n else "") for name, n in list(near.items())[:8]

@@ -231,8 +231,7 @@ def _compare(product: Product, meta: TarMeta, part: int | str) -> None:
     """
     found = json.loads(product.folder.read(product.record_name(part)))["objects"]
     exported = meta.products[product.level]["records"][str(part)]["objects"]
-    wrong = [name for name in found if not name.endswith("zarr.json") and found[name] != exported.get(name)]
-    if wrong:
+    if wrong := [name for name in found if not name.endswith("zarr.json") and found[name] != exported.get(name)]:
         raise HdovdError(
             f"{product.folder.url}: {wrong[0]} of {product} is not what was exported: were the shards changed? Delete "
             f"{product.prefix} in the cache, and import shards that hdovd exported"

@@ -181,8 +181,7 @@ class TarTrainingSet(Dataset[Sample]):
         if features not in (DEFAULT_SET, meta.name):
             raise HdovdError(f"{self.url} holds the set of features {meta.name}, not {features}: export that one")
         needed = [Level.CLASS] + [Level.IMAGE] * loss.image.enabled + [Level.INSTANCE] * loss.uses_pseudo_boxes
-        missing = [str(level) for level in needed if level not in inputs]
-        if missing:
+        if missing := [str(level) for level in needed if level not in inputs]:
             raise HdovdError(f"{self.url} has no {' and no '.join(missing)} level; it has {', '.join(inputs)}")
         if loss.uses_cache:
             require_together(self.url, inputs)
@@ -231,8 +230,7 @@ class TarTrainingSet(Dataset[Sample]):
     def class_embeddings(self, names: Sequence[str]) -> np.ndarray:
         """(len(names), D) float32 text embeddings. Raises HdovdError for a name that the shards lack."""
         have = {name: row for row, name in enumerate(self._meta.attributes(Level.CLASS)["names"])}
-        missing = [name for name in names if name not in have]
-        if missing:
+        if missing := [name for name in names if name not in have]:
             raise HdovdError(
                 f"{self.url} has no text embedding of {missing[:8]}: extract and export with the same --protocol"
             )
