@@ -101,7 +101,7 @@ class FeatureCache:
 
     def key(self, level: Level) -> str:
         """Key of the product of a level. Raises HdovdError if the set has none."""
-        return self._product(level).key
+        return self.product(level).key
 
     def products(self) -> list[Product]:
         """Products of all levels of the set."""
@@ -109,11 +109,11 @@ class FeatureCache:
 
     def key_inputs(self, level: Level) -> KeyInputs:
         """What made the level. Raises HdovdError if they were changed since."""
-        return self._product(level).key_inputs
+        return self.product(level).key_inputs
 
     def made_with(self, level: Level) -> dict[str, Any]:
         """What the level's product says of its making that its key does not depend on."""
-        return dict(self._product(level).attributes["made_with"])
+        return dict(self.product(level).attributes["made_with"])
 
     def identity(self) -> dict[str, Any]:
         """Keys and inputs of all levels, for a run's record."""
@@ -153,7 +153,7 @@ class FeatureCache:
 
     def names(self, level: Level) -> list[str]:
         """Class or noun names, in row order."""
-        return self._product(level).names
+        return self.product(level).names
 
     def known_nouns(self) -> list[str]:
         """Nouns in row order; empty if the set has none, or nobody knows their words, as of an import's texts."""
@@ -174,7 +174,7 @@ class FeatureCache:
     @property
     def dim(self) -> int:
         """D, the size of every embedding."""
-        return self._product(Level.CLASS if Level.CLASS in self._products else Level.INSTANCE).dim
+        return self.product(Level.CLASS if Level.CLASS in self._products else Level.INSTANCE).dim
 
     def failed(self) -> dict[int, str]:
         """Images that lack embeddings at the image or the instance level, with the reason."""
@@ -308,16 +308,17 @@ class FeatureCache:
     def _number_rows(self, level: Level) -> dict[int, int]:
         return {image: row for row, image in enumerate(self._table(level, "image_id").tolist())}
 
-    def _product(self, level: Level) -> Product:
+    def product(self, level: Level) -> Product:
+        """The product of a level. Raises HdovdError if the set has none."""
         if level not in self._products:
             raise HdovdError(f"{self.url} has no {level} level; it has {', '.join(self.levels()) or 'none'}")
         return self._products[level]
 
     def _read_table(self, level: Level, name: str) -> np.ndarray:
-        return self._product(level).table(name)
+        return self.product(level).table(name)
 
     def _open_rows(self, level: Level, name: str) -> Rows:
-        return open_rows(self._product(level), name, mapped=self._mapped, checked=self._checked)
+        return open_rows(self.product(level), name, mapped=self._mapped, checked=self._checked)
 
 
 def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:

@@ -265,17 +265,16 @@ class Instances:
 
     def add(self, a: dict[str, Any]) -> None:
         """Check an annotation and add it. Raises HdovdError that says what is wrong with it."""
-        box, row = a.get("bbox"), len(self.ids)
-        if box is None and a.get("segmentation"):
-            box = outline_box(a["segmentation"])
-        elif box is None and "bbox" not in a:
-            raise HdovdError(f"{self._name(a)} lacks one of id, image_id, category_id, bbox (or segmentation)")
+        row = len(self.ids)
         try:
+            box = a.get("bbox") if a.get("segmentation") else a["bbox"]
             number, image_id, category = a["id"], a["image_id"], a["category_id"]
         except KeyError:
             raise HdovdError(
                 f"{self._name(a)} lacks one of id, image_id, category_id, bbox (or segmentation)"
             ) from None
+        if box is None and a.get("segmentation"):
+            box = outline_box(a["segmentation"])
         if not (
             type(number) is type(image_id) is type(category) is int
             and -_MOST <= number <= _MOST

@@ -323,11 +323,12 @@ def result_table(result: EvalResult) -> str:
 
 def class_table(result: EvalResult) -> str:
     """AP of every class."""
-    lines = [f"{'class':24s}{'':8s}{'AP50':>8s}{'AP':>8s}"]
-    for label, (name, ap) in enumerate(result.combined.per_class().items()):
-        group = group_of(label, result.combined.protocol)
-        lines.append(f"{name:24s}{group:8s}{ap_text(ap['ap50']):>8s}{ap_text(ap['ap']):>8s}")
-    return "\n".join(lines)
+    protocol, head = result.combined.protocol, f"{'class':24s}{'':8s}{'AP50':>8s}{'AP':>8s}"
+    rows = (
+        f"{name:24s}{group_of(label, protocol):8s}{ap_text(ap['ap50']):>8s}{ap_text(ap['ap']):>8s}"
+        for label, (name, ap) in enumerate(result.combined.per_class().items())
+    )
+    return "\n".join([head, *rows])
 
 
 def error_table(errors: ErrorBreakdown) -> str:
@@ -343,11 +344,11 @@ def error_table(errors: ErrorBreakdown) -> str:
     for name, *cells in zip(kinds, *(part.cells() for part in parts), strict=True):
         gains = [(count, "-" if gain is None else f"{gain:+.1f}") for count, gain in cells]
         lines.append(f"{name:24s}" + "".join(f"{count:>11,d}{gain:>9s}" for count, gain in gains))
-    lines.append(
+    lines += [
         f"{'objects found':24s}"
-        + "".join(f"{share:>20s}" for share in [f"{part.found:,d} of {part.objects:,d}" for part in parts])
-    )
-    lines.append(f"{'classification errors':24s}" + "".join(f"{f'named {named}':>20s}" for named in sides))
+        + "".join(f"{share:>20s}" for share in [f"{part.found:,d} of {part.objects:,d}" for part in parts]),
+        f"{'classification errors':24s}" + "".join(f"{f'named {named}':>20s}" for named in sides),
+    ]
     lines += [
         f"{f'  of {truth} objects':24s}" + "".join(f"{errors.misnamed[truth][named]:>20,d}" for named in sides)
         for truth in sides

@@ -543,8 +543,7 @@ def do_share(extraction: Extraction, share: Share) -> None:
 
 def new_rows(extraction: Extraction, units: list[Unit]) -> int:
     """Rows that `units` have to compute."""
-    count = 0
-    for plan in extraction.plans.values():
-        todo = set(plan.todo) & {unit.part for unit in units if unit.level is plan.level}
-        count += plan.new_rows_of(todo)
-    return count
+    return sum(
+        plan.new_rows_of(set(plan.todo) & {unit.part for unit in units if unit.level is level})
+        for level, plan in extraction.plans.items()
+    )

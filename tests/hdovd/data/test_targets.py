@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hdovd.data.targets import Targets
+from hdovd.data.targets import Targets, with_large_pseudo_boxes
 
 DIM = 3
 
@@ -61,7 +61,9 @@ def test_scale_takes_each_axis_by_its_factor() -> None:
 
 
 def test_both_sides_must_be_over_the_minimum() -> None:
-    targets = example([(33, 33), (32, 40), (40, 32), (32.5, 99), (10, 500)]).with_best_pseudo_boxes(32.0, 5)
+    targets = with_large_pseudo_boxes([example([(33, 33), (32, 40), (40, 32), (32.5, 99), (10, 500)])], 32.0)[
+        0
+    ].with_first_pseudo_boxes(5)
     assert targets.pseudo_boxes.tolist() == [[3, 4, 36, 37], [6, 4, 38.5, 103]]
     assert targets.pseudo_embeddings[:, 0].tolist() == [10, 13]
     assert targets.pseudo_texts[:, 0].tolist() == [20, 23]
@@ -70,7 +72,7 @@ def test_both_sides_must_be_over_the_minimum() -> None:
 
 def test_the_best_of_the_large_ones_are_kept() -> None:
     sides = [(40, 40), (5, 5), (41, 41), (42, 42), (43, 43)]
-    targets = example(sides).with_best_pseudo_boxes(32.0, 3)
+    targets = with_large_pseudo_boxes([example(sides)], 32.0)[0].with_first_pseudo_boxes(3)
     assert targets.pseudo_embeddings[:, 0].tolist() == [10, 12, 13]  # small ones do not use up places
     assert targets.pseudo_texts[:, 0].tolist() == [20, 22, 23]
     assert (targets.pseudo_boxes[:, 2] - targets.pseudo_boxes[:, 0]).tolist() == [40, 41, 42]
@@ -78,7 +80,7 @@ def test_the_best_of_the_large_ones_are_kept() -> None:
 
 @pytest.mark.parametrize("sides", [[], [(5.0, 5.0)]])
 def test_none_left(sides: list[tuple[float, float]]) -> None:
-    targets = example(sides).with_best_pseudo_boxes(32.0, 5)
+    targets = with_large_pseudo_boxes([example(sides)], 32.0)[0].with_first_pseudo_boxes(5)
     assert targets.pseudo_boxes.shape == (0, 4)
     assert targets.pseudo_embeddings.shape == (0, DIM)
     assert targets.pseudo_texts.shape == (0, DIM)
