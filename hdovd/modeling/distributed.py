@@ -94,8 +94,7 @@ class FeatureQueue(nn.Module):
         self.register_load_state_dict_post_hook(FeatureQueue._recount)
 
     @staticmethod
-    def _recount(module: nn.Module, _: object) -> None:
-        assert isinstance(module, FeatureQueue)
+    def _recount(module: "FeatureQueue", _: object) -> None:
         module._held = int((module.rows != 0).any(dim=1).sum())
 
     def read(self) -> Tensor:

@@ -70,9 +70,7 @@ def _by_rule(word: str) -> str:
         return word
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
-    if word.endswith(("sses", "xes", "zes", "ches", "shes", "oes")):
-        return word[:-2]
-    return word[:-1]
+    return word[:-2] if word.endswith(("sses", "xes", "zes", "ches", "shes", "oes")) else word[:-1]
 
 
 @cache

@@ -263,7 +263,8 @@ def _rehearsal(
         network = job.checkpoint[0]
         name, _, kind = network.name.removesuffix(".safetensors").rpartition(".")
         file = network.with_name(f"{name}.rehearsal.{kind}.safetensors".lstrip("."))
-        known = [_training(made_by(one)) for one in (network, file) if one.is_file()]
+        origins = [made_by(one) for one in (network, file) if one.is_file()]
+        known = [(one["detector"], one["recipe"], one["annotations"]["sha256"]) for one in origins]
         if len(known) < 2 or known[0] != known[1] or made_by(file)["protocol"]["base"] != taught:
             log(f"what to keep is chosen by classes that the network has learnt: no {file.name} of its lies beside it")
             return None, out
@@ -277,11 +278,6 @@ def _rehearsal(
     )
     own = replace(job, out=job.beside("rehearsal.json"))
     return trained_network(own, job.trained[0], seen, us, stop, taught)[0], out
-
-
-def _training(origin: dict[str, Any]) -> tuple[Any, ...]:
-    """What a rehearsal shares with its network."""
-    return origin["detector"], origin["recipe"], origin["annotations"]["sha256"]
 
 
 def found_parts(

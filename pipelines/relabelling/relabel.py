@@ -228,10 +228,7 @@ def _is_there(config: RelabelConfig, origin: dict[str, Any]) -> bool:
     """Whether the files are those of this round; damaged ones are made again."""
     try:
         made_by = read_table(config.proposals).made_by or {}
-        same = made_by | {"selection": None} == origin | {
-            "selection": None,
-            "verdicts_sha256": hash_file(config.verdicts),
-        }
+        verdicts = {"verdicts_sha256": hash_file(config.verdicts)}
     except (HdovdError, OSError):
         return False
-    return same
+    return made_by | {"selection": None} == origin | {"selection": None} | verdicts

@@ -13,7 +13,7 @@ box, D embedding size.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,24 +99,10 @@ def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:
     return boxes * boxes.new_tensor([side / width, side / height] * 2)
 
 
-class _Tower(Protocol):
-    """The two halves of a visual tower. `cell`: input pixels a side of a cell of the map. `samples`: a side of a bin;
-    -1: one a cell.
+def _tower(visual: nn.Module, side: int) -> "_ResNet | _OpenClipVit | _TimmVit":
+    """The two halves of a visual tower: `map` (b, 3, S, S) -> (b, C, h, w), `pool` (n, C, k, k) -> (n, D). `cell`:
+    input pixels a side of a cell of the map. `samples`: a side of a bin; -1: one a cell.
     """
-
-    bins: int
-    cell: int
-    samples: int
-    identity: dict[str, Any]
-
-    def map(self, pixels: Tensor) -> Tensor:
-        """(b, 3, S, S) -> (b, C, h, w)."""
-
-    def pool(self, bins: Tensor) -> Tensor:
-        """(n, C, k, k) -> (n, D)."""
-
-
-def _tower(visual: nn.Module, side: int) -> _Tower:
     if isinstance(visual, ModifiedResNet):
         return _ResNet(visual, side)
     if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type in ("tok", "avg"):

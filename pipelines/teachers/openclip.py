@@ -362,8 +362,7 @@ def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
 
 
 def _one_token(texts: Sequence[str], length: int, context_length: int | None = None) -> Tensor:
-    length = context_length or length
-    return torch.ones(len(texts), length, dtype=torch.long)
+    return torch.ones(len(texts), context_length or length, dtype=torch.long)
 
 
 def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str, Any] | None, str]:
@@ -401,8 +400,7 @@ def _activation(
         return wanted is Activation.QUICK_GELU, [f"activation: {wanted}, as asked"]
     if ":" in model or pretrained is None:
         return configured, [f"activation: {kind}, from the model's own config"]
-    tag = open_clip.get_pretrained_cfg(model, pretrained)
-    if tag:
+    if tag := open_clip.get_pretrained_cfg(model, pretrained):
         trained = bool(tag.get("quick_gelu", configured))
         return trained, [f"activation: {'quickgelu' if trained else 'gelu'}, as tag {pretrained} was trained"]
     if _is_torchscript(pretrained) or _is_openai_file(Path(pretrained)):
