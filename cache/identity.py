@@ -77,20 +77,16 @@ def table_inputs(level: Level, tables: Mapping[str, np.ndarray]) -> KeyInputs:
     """The part of a level's inputs that follows from its tables: which images, of what name and size; where the boxes
     are, and how many an image has.
     """
-    inputs: KeyInputs = {}
-    if "image_id" in tables:
-        inputs["images"] = {
-            "count": len(tables["image_id"]),
-            "hash": hash_tables([tables["image_id"], tables["image_hash"]]),
-        }
-    if "box" in tables:
-        inputs["boxes"] = {"count": len(tables["box"]), "hash": hash_tables([tables["offset"], tables["box"]])}
-    if level is Level.BOXES:
-        inputs["base_boxes"], inputs["proposals"] = (
-            _source_inputs(tables, Source.BASE_BOX),
-            _source_inputs(tables, Source.PROPOSAL),
-        )
-    return inputs
+
+    def said(counted: str, *columns: str) -> KeyInputs:
+        return {"count": len(tables[counted]), "hash": hash_tables(tables[column] for column in columns)}
+
+    return {
+        **({"images": said("image_id", "image_id", "image_hash")} if "image_id" in tables else {}),
+        **({"boxes": said("box", "offset", "box")} if "box" in tables else {}),
+        **({"base_boxes": _source_inputs(tables, Source.BASE_BOX)} if level is Level.BOXES else {}),
+        **({"proposals": _source_inputs(tables, Source.PROPOSAL)} if level is Level.BOXES else {}),
+    }
 
 
 def differences(

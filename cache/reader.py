@@ -111,10 +111,6 @@ class FeatureCache:
         """What made the level. Raises HdovdError if they were changed since."""
         return self.product(level).key_inputs
 
-    def made_with(self, level: Level) -> dict[str, Any]:
-        """What the level's product says of its making that its key does not depend on."""
-        return dict(self.product(level).attributes["made_with"])
-
     def identity(self) -> dict[str, Any]:
         """Keys and inputs of all levels, for a run's record."""
         url = self.url if "://" in self.url else str(Path(self.url).resolve())

@@ -66,9 +66,7 @@ class Folder(ABC):
     def sha256(self, name: str) -> str:
         """The checksum of an object, of a local file in blocks. Raises FileNotFoundError if there is none."""
         path = self.path(name)
-        if path is None:
-            return hashlib.sha256(self.read(name)).hexdigest()
-        return hash_file(path)
+        return hashlib.sha256(self.read(name)).hexdigest() if path is None else hash_file(path)
 
     @abstractmethod
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:

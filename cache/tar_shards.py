@@ -83,8 +83,10 @@ class TarMeta:
             }
             for level, product in found.items()
         }
-        tensors = {table: found[Level.BOXES].table(table) for table in TABLES_HERE}
-        tensors |= {str(level): found[level].table("embedding") for level in TEXTS if level in found}
+        tensors = {
+            **{table: found[Level.BOXES].table(table) for table in TABLES_HERE},
+            **{str(level): found[level].table("embedding") for level in TEXTS if level in found},
+        }
         return cls(name, features, samples, products, about, tensors)
 
     def to_bytes(self) -> bytes:
@@ -135,8 +137,10 @@ class TarMeta:
                 parse_record(json.dumps(record).encode())
             if key_of(product["attributes"]["key_inputs"]) != self.features.levels[level]:
                 raise ValueError(f"the key of {level} does not follow from its key_inputs")
-        expected = {name: TABLE_ARRAYS[Level.BOXES][name] for name in TABLES_HERE}
-        expected |= {str(level): "float16" for level in TEXTS if level in self.products}
+        expected = {
+            **{name: TABLE_ARRAYS[Level.BOXES][name] for name in TABLES_HERE},
+            **{str(level): "float16" for level in TEXTS if level in self.products},
+        }
         found = {name: str(tensor.dtype) for name, tensor in self.tensors.items()}
         images, offset = len(self.tensors["image_id"]), self.tensors["offset"]
         if found != expected or offset.shape != (images + 1,) or offset[0] != 0 or (np.diff(offset) < 0).any():

@@ -20,8 +20,10 @@ def demo(config: DemoConfig, context: typer.Context) -> None:
             root.invoke(inner)
 
     result = run(config, call)
-    typer.echo("\n" + demo_table(result))
-    typer.echo("pictures (detections with novel classes in orange; what the cache knows):")
-    for picture in result.pictures:
-        typer.echo(f"  {picture}")
-    typer.echo(f"report, one page about all runs: {result.report}")
+    lines = [
+        f"\n{demo_table(result)}",
+        "pictures (detections with novel classes in orange; what the cache knows):",
+        *(f"  {picture}" for picture in result.pictures),
+        f"report, one page about all runs: {result.report}",
+    ]
+    typer.echo("\n".join(lines))

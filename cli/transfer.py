@@ -14,7 +14,5 @@ def transfer(config: TransferConfig) -> None:
     from hdovd.pipelines.transfer.transfer import transfer as run, transfer_table
 
     found = run(config)
-    typer.echo(transfer_table(found))
-    for result in found.values():
-        for file in result.files:
-            typer.echo(f"wrote {file}")
+    files = [file for result in found.values() for file in result.files]
+    typer.echo("\n".join([transfer_table(found), *(f"wrote {file}" for file in files)]))

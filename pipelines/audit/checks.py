@@ -129,8 +129,7 @@ def base_rows(audited: Audited, found: Check) -> str:
         (~known, "are of annotations that {} does not have", "give the annotation file that the cache was made from"),
         (known, "lie elsewhere than their annotation in {}", "is it the file that the cache was made from?"),
     ):
-        ids = boxes.annotation_id[others[part & ~copied]].tolist()
-        if ids:
+        if ids := boxes.annotation_id[others[part & ~copied]].tolist():
             found.unknown.append(f"{len(ids):,d} base rows {why.format(truth.file)} (ids {shorten(ids)}): {then}")
     found.numbers = {
         "base_rows": int(boxes.is_base.sum()),

@@ -253,16 +253,14 @@ def _check_folder(config: CheckConfig, report: CheckReport, teacher: Teacher | N
     load = lru_cache(_load_clip) if teacher is None else lambda *_: teacher  # sets of one CLIP share it
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
         _check_pictures(config, name, features, report, load)
-    log(*(f"not finished, which is no fault: {line}" for line in checked.unfinished))
     log(
+        *(f"not finished, which is no fault: {line}" for line in checked.unfinished),
         *(
             f"no checksum: {line} was written by an older version; what it says was not checked"
             for line in unsealed_records(folder)
-        )
-    )
-    log(
+        ),
         f"checked {counted(checked.products, 'product')}: {checked.objects:,d} objects of {size(checked.bytes)} by "
-        f"size and checksum, {checked.rows:,d} rows in {checked.parts:,d} parts by value"
+        f"size and checksum, {checked.rows:,d} rows in {checked.parts:,d} parts by value",
     )
 
 
@@ -308,8 +306,10 @@ def _load_clip(clip: str, pretrained: str | None, device: str, precision: Precis
 def _check_shards(config: CheckConfig, report: CheckReport) -> None:
     """A folder of tar shards: what it holds besides them, and each shard whole."""
     shards = TarShards(config.cache, whole=False)
-    checks = [(TAR_META, partial(shards.meta.check_rows, f"{shards.url}/{TAR_META}"))]
-    checks += [(f"{number:06d}.tar", partial(shards.verify, number)) for number in shards.numbers]
+    checks = [
+        (TAR_META, partial(shards.meta.check_rows, f"{shards.url}/{TAR_META}")),
+        *((f"{number:06d}.tar", partial(shards.verify, number)) for number in shards.numbers),
+    ]
     for place, check in progress(checks, "verify", "shard"):
         try:
             check()
@@ -348,14 +348,18 @@ def _mark_missing(config: CheckConfig, findings: Sequence[Finding]) -> None:
         return
     damaged = {finding.product for finding in findings if not str(finding.part).startswith(INDEX)}
     again = {name: features for name, features in sets.items() if damaged & features.levels.items()}
-    commands = [_command(config.cache, name, features) for name, features in again.items()]
-    commands += [f"hdovd cache index {shlex.quote(str(config.cache))}"] * any(f"/{INDEX}" in name for name in gone)
-    commands += [f"the hdovd extract-clip command of set {name[5:-5]}" for name in gone if name.startswith("sets/")]
+    commands = [
+        *(_command(config.cache, name, features) for name, features in again.items()),
+        *[f"hdovd cache index {shlex.quote(str(config.cache))}"] * any(f"/{INDEX}" in name for name in gone),
+        *(f"the hdovd extract-clip command of set {name[5:-5]}" for name in gone if name.startswith("sets/")),
+    ]
     log(
         f"{counted(len(gone), 'object')} marked as missing; "
-        + ("now run, to make them again:" if commands else "no set uses them: hdovd cache gc deletes what nothing uses")
+        + (
+            "now run, to make them again:" if commands else "no set uses them: hdovd cache gc deletes what nothing uses"
+        ),
+        *(f"  {command}" for command in commands),
     )
-    log(*(f"  {command}" for command in commands))
 
 
 def _command(cache: Path | str, name: str, features: FeatureSet) -> str:
@@ -371,10 +375,16 @@ def _command(cache: Path | str, name: str, features: FeatureSet) -> str:
 def extract_command(cache: Path | str, name: str, made_from: Mapping[str, Any]) -> str:
     """The `hdovd extract-clip` command that makes what a set lacks; FILE where it had prompts of its own."""
     data = made_from["data"]
-    given = {"cache": cache, "data": data["root"], "images": data["images"], "annotations": data["annotations"]}
-    given |= {option: made_from.get(option) for option in OPTIONS}
     shipped = [one for one in shipped_templates() if read_templates(one) == tuple(made_from["templates"])]
-    given |= {"templates": [*shipped, "FILE"][0], "features": None if name == DEFAULT_SET else name}
+    given = {
+        "cache": cache,
+        "data": data["root"],
+        "images": data["images"],
+        "annotations": data["annotations"],
+        **{option: made_from.get(option) for option in OPTIONS},
+        "templates": [*shipped, "FILE"][0],
+        "features": None if name == DEFAULT_SET else name,
+    }
     if "dense" in made_from:
         given |= {"instance_teacher": "dense", "dense_side": made_from["dense"]["side"]}
     if "crop" in made_from:

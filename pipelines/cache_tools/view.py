@@ -279,8 +279,7 @@ def chosen_images(cache: FeatureCache, asked: Sequence[str], seed: int = 0) -> l
         return [next((image for image in there if len(cache.instances(image).box)), there[0])]
     known, ids = set(there), list[int]()
     for word in asked:
-        drawn = re.fullmatch(r"random(?::(\d+))?", word)
-        if drawn:
+        if drawn := re.fullmatch(r"random(?::(\d+))?", word):
             ids += random.Random(seed).sample(there, min(int(drawn[1] or 1), len(there)))
         elif not re.fullmatch(r"-?\d+", word):
             raise HdovdError(

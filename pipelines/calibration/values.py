@@ -92,7 +92,7 @@ def origin_of(cache: FeatureCache) -> LabelOrigin:
     return LabelOrigin(
         cache.url,
         {level: cache.key_inputs(level) for level in cache.levels()},
-        cache.made_with(Level.INSTANCE),
+        dict(cache.product(Level.INSTANCE).attributes["made_with"]),
         cache.dim,
         cache.set.label_weights,
     )

@@ -357,9 +357,9 @@ def export_model(job: ExportModelConfig) -> Checked:
     found = checked[0]
     log(
         f"checked: {found.detections} detections in {found.pictures} pictures; largest difference from the model "
-        f"{found.difference:.1e} (scores; boxes in percent of the input's long side)"
+        f"{found.difference:.1e} (scores; boxes in percent of the input's long side)",
+        f"wrote {job.out} ({job.form.value}, {job.out.stat().st_size / 1e6:.1f} MB)",
     )
-    log(f"wrote {job.out} ({job.form.value}, {job.out.stat().st_size / 1e6:.1f} MB)")
     return found
 
 

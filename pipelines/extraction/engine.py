@@ -211,8 +211,7 @@ def _usable(product: Product) -> np.ndarray:
     for part in product.finished():
         start, stop = product.rows_of(part)
         usable[start:stop] = True
-    failed = list(product.failed())
-    if failed:
+    if failed := list(product.failed()):
         image_id = product.table("image_id")
         per_row = image_id if product.level is Level.IMAGE else np.repeat(image_id, np.diff(product.table("offset")))
         usable[:-1] &= ~np.isin(per_row, failed)

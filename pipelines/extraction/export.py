@@ -130,10 +130,12 @@ def _arrays(cache: FeatureCache, image_id: int) -> dict[str, np.ndarray]:
     levels, arrays = cache.levels(), dict[str, np.ndarray]()
     if Level.INSTANCE in levels:
         rows = cache.instances(image_id)
-        for name, (level, array) in MEMBERS.items():
-            of_several = array in TOP_ARRAYS and not rows.top_noun.shape[1]
-            if level in levels and level is not Level.IMAGE and not of_several:
-                arrays[name] = getattr(rows, array)
+        of_one = () if rows.top_noun.shape[1] else TOP_ARRAYS  # a label of one noun has no such rows
+        arrays = {
+            name: getattr(rows, array)
+            for name, (level, array) in MEMBERS.items()
+            if level in levels and level is not Level.IMAGE and array not in of_one
+        }
     if Level.IMAGE in levels:
         arrays["image"] = cache.image_embedding(image_id)
     return arrays

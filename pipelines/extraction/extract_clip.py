@@ -192,14 +192,15 @@ def report_plan(
     extraction: Extraction, costs: dict[Level, Cost] | None, config: ExtractConfig, processes: int
 ) -> ExtractReport:
     """Say the plan as a table, with what it will cost."""
-    log(f"plan for {config.cache}")
-    log(f"  {'level':13s}{'plan':8s}{'rows':>11s}{'new':>11s}{'new bytes':>11s}  key")
+    log(f"plan for {config.cache}", f"  {'level':13s}{'plan':8s}{'rows':>11s}{'new':>11s}{'new bytes':>11s}  key")
     plans = extraction.plans
     for plan in plans.values():
         new = plan.new_rows if plan.parts else (0 if plan.decision == "hit" else plan.rows)
         numbers = f"{plan.rows:11,d}{new:11,d}{size(new * plan.row_bytes):>11s}"
-        log(f"  {plan.level:13s}{plan.decision:8s}{numbers}  {plan.key[:12]}")
-        log(*(f"  {'':13s}{reason}" for reason in filter(None, plan.reason.split("; "))))
+        log(
+            f"  {plan.level:13s}{plan.decision:8s}{numbers}  {plan.key[:12]}",
+            *(f"  {'':13s}{reason}" for reason in filter(None, plan.reason.split("; "))),
+        )
     report = ExtractReport(
         {level: plan.decision for level, plan in plans.items()},
         {level: plan.rows for level, plan in plans.items()},

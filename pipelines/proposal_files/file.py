@@ -191,8 +191,7 @@ def convert_proposals(
         raise HdovdError(f"--out {out} is the file to read: give another name")
     table = read_table(source, annotations, order)
     log(*table.notes)
-    bad = int((~np.isfinite(table.box).all(1) | ~np.isfinite(table.score)).sum())
-    if bad:
+    if bad := int((~np.isfinite(table.box).all(1) | ~np.isfinite(table.score)).sum()):
         log(f"{bad:,d} entries hold what is no finite number; they are kept, and extract-clip will skip them")
     count = write_proposals(out, table.by_image(), table.made_by)
     identity = table.identity()
