@@ -267,7 +267,7 @@ class Instances:
         """Check an annotation and add it. Raises HdovdError that says what is wrong with it."""
         row = len(self.ids)
         try:
-            box = a.get("bbox") if a.get("segmentation") else a["bbox"]
+            box = a["bbox"] if "bbox" in a or not a.get("segmentation") else None
             number, image_id, category = a["id"], a["image_id"], a["category_id"]
         except KeyError:
             raise HdovdError(
