@@ -150,15 +150,16 @@ class RunHooks(SavingHooks):
         if self.team.leads and not within and epoch > self.ended:
             self.run.save_model(loop.result)
             if self.validate is not None and (epoch % self.val_every == 0 or epoch == loop.config.epochs):
-                self._validate(self.validate, loop, epoch)
+                self._validate(loop, epoch)
             self.run.write_csv()
         self.ended = epoch
         self.team.wait()
 
-    def _validate(self, validate: Callable[[nn.Module], dict[str, float | None]], loop: Loop[Any], epoch: int) -> None:
+    def _validate(self, loop: Loop[Any], epoch: int) -> None:
+        assert self.validate is not None
         ap50: dict[str, float | None] = dict.fromkeys(GROUPS)
         try:
-            ap50 = validate(loop.result)
+            ap50 = self.validate(loop.result)
             numbers = (f"{group} {'none' if value is None else f'{value:.1f}'}" for group, value in ap50.items())
             line = f"validation {self.metric} {', '.join(numbers)}"
         except Exception as error:  # what was trained for days goes on; its figures are empty in the log
