@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from arguments import parsed, workplace
+from online_clip import reference_transform
 from PIL import Image
 
 from hdovd.cache.schema import Level
@@ -55,7 +56,7 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
     split = paths.load("train2017", load_protocol("ov-coco"), base_only=True)
     boxes = [image.boxes for image in split.images]
     pictures = Pictures(split.images, split.path, np.cumsum([0, *map(len, boxes)]), np.concatenate(boxes))
-    embedder, transform = embedders_of(clip, pictures, PLAIN_BOX)[Level.INSTANCE], clip.reference_transform()
+    embedder, transform = embedders_of(clip, pictures, PLAIN_BOX)[Level.INSTANCE], reference_transform(clip)
     cutter, jobs = Cutter(embedder.fit, embedder.input_size), embedder.jobs(np.arange(len(pictures.box)))
 
     def crops(number: int) -> list[Image.Image]:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
 
 from hdovd.config.recipe import Recipe
+from hdovd.data.targets import with_large_pseudo_boxes
 from hdovd.pipelines.teachers.openclip import ClipTeacher
 from hdovd.pipelines.training.training_set import Sample
+
+
+def reference_transform(clip: ClipTeacher) -> Callable[[Image.Image], Tensor]:
+    """open_clip's own transform, PIL image -> (3, *input_size) float32: what a teacher's preprocessing has to equal."""
+    config = open_clip.transform.PreprocessCfg(**clip.model.visual.preprocess_cfg)
+    transform: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(config, is_train=False)
+    return transform
 
 
 class OnlineClip:
@@ -20,7 +29,7 @@ class OnlineClip:
     """
 
     def __init__(self, clip: ClipTeacher, recipe: Recipe) -> None:
-        self._clip, self._recipe, self._transform = clip, recipe, clip.reference_transform()
+        self._clip, self._recipe, self._transform = clip, recipe, reference_transform(clip)
 
     def replace(self, sample: Sample) -> Sample:
         """The sample with embeddings of now: of its base boxes, the pseudo boxes that a step takes, and the whole
@@ -32,7 +41,9 @@ class OnlineClip:
             self._recipe.input.short_side / min(height, width), self._recipe.input.long_side / max(height, width)
         )
         pseudo = self._recipe.pseudo_boxes
-        targets = targets.with_best_pseudo_boxes(pseudo.min_side / scale, pseudo.max_per_image)
+        targets = with_large_pseudo_boxes([targets], pseudo.min_side / scale)[0].with_first_pseudo_boxes(
+            pseudo.max_per_image
+        )
         picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
         found = self._embed([*(picture.crop(box) for box in _corners(targets.all_boxes)), picture])
         base = len(targets.boxes)

@@ -201,8 +201,7 @@ class Catalog:
 
 def group_objects() -> dict[str, bytes]:
     """The metadata of the root and of every level, by name: all that an empty cache consists of."""
-    attributes: dict[str, dict[str, Any]] = {"zarr.json": {"schema_version": SCHEMA_VERSION}}
-    attributes |= {f"{level}/zarr.json": {} for level in Level}
+    attributes = {"zarr.json": {"schema_version": SCHEMA_VERSION}, **{f"{level}/zarr.json": {} for level in Level}}
     group = {"zarr_format": 3, "node_type": "group"}
     return {name: json.dumps({"attributes": found, **group}, indent=2).encode() for name, found in attributes.items()}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.schema import Level, Source
+from hdovd.core.errors import HdovdError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,20 +77,16 @@ def table_inputs(level: Level, tables: Mapping[str, np.ndarray]) -> KeyInputs:
     """The part of a level's inputs that follows from its tables: which images, of what name and size; where the boxes
     are, and how many an image has.
     """
-    inputs: KeyInputs = {}
-    if "image_id" in tables:
-        inputs["images"] = {
-            "count": len(tables["image_id"]),
-            "hash": hash_tables([tables["image_id"], tables["image_hash"]]),
-        }
-    if "box" in tables:
-        inputs["boxes"] = {"count": len(tables["box"]), "hash": hash_tables([tables["offset"], tables["box"]])}
-    if level is Level.BOXES:
-        inputs["base_boxes"], inputs["proposals"] = (
-            _source_inputs(tables, Source.BASE_BOX),
-            _source_inputs(tables, Source.PROPOSAL),
-        )
-    return inputs
+
+    def said(counted: str, *columns: str) -> KeyInputs:
+        return {"count": len(tables[counted]), "hash": hash_tables(tables[column] for column in columns)}
+
+    return {
+        **({"images": said("image_id", "image_id", "image_hash")} if "image_id" in tables else {}),
+        **({"boxes": said("box", "offset", "box")} if "box" in tables else {}),
+        **({"base_boxes": _source_inputs(tables, Source.BASE_BOX)} if level is Level.BOXES else {}),
+        **({"proposals": _source_inputs(tables, Source.PROPOSAL)} if level is Level.BOXES else {}),
+    }
 
 
 def differences(
@@ -108,6 +105,19 @@ def differences(
                 f"{prefix}{name} differs: {sides[0]} {short(a)}, {sides[1]} {short(b)}{_first_difference(a, b)}"
             )
     return lines
+
+
+def require_same(
+    expected: KeyInputs,
+    found: KeyInputs,
+    what: str,
+    advice: str = "",
+    *,
+    sides: tuple[str, str] = ("expected", "the cache has"),
+) -> None:
+    """Raises HdovdError unless inputs are the same: `what` is wrong, a line for every difference, and `advice`."""
+    if lines := differences(expected, found, sides=sides):
+        raise HdovdError("\n  ".join([f"{what}:", *lines]) + (advice and f"\n{advice}"))
 
 
 def short(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.cache.catalog import Catalog
-from hdovd.cache.identity import KeyInputs, differences, key_of
+from hdovd.cache.identity import KeyInputs, differences, key_of, require_same
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
 from hdovd.cache.schema import DEFAULT_SET, PART_ROWS, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
@@ -101,7 +101,7 @@ class FeatureCache:
 
     def key(self, level: Level) -> str:
         """Key of the product of a level. Raises HdovdError if the set has none."""
-        return self._product(level).key
+        return self.product(level).key
 
     def products(self) -> list[Product]:
         """Products of all levels of the set."""
@@ -109,11 +109,7 @@ class FeatureCache:
 
     def key_inputs(self, level: Level) -> KeyInputs:
         """What made the level. Raises HdovdError if they were changed since."""
-        return self._product(level).key_inputs
-
-    def made_with(self, level: Level) -> dict[str, Any]:
-        """What the level's product says of its making that its key does not depend on."""
-        return dict(self._product(level).attributes["made_with"])
+        return self.product(level).key_inputs
 
     def identity(self) -> dict[str, Any]:
         """Keys and inputs of all levels, for a run's record."""
@@ -128,14 +124,12 @@ class FeatureCache:
     def require(self, level: Level, expected: KeyInputs) -> None:
         """Refuse a level whose inputs differ from `expected` (a part of its inputs). Raises HdovdError."""
         found = self.key_inputs(level)
-        lines = differences(expected, {name: found.get(name) for name in expected})
-        if lines:
-            raise HdovdError(
-                f"the {level} level of {self.url} does not fit this data:\n  "
-                + "\n  ".join(lines)
-                + "\nExtract it with hdovd extract-clip (what did not change is kept), or give the data it was made "
-                "from."
-            )
+        require_same(
+            expected,
+            {name: found.get(name) for name in expected},
+            f"the {level} level of {self.url} does not fit this data",
+            "Extract it with hdovd extract-clip (what did not change is kept), or give the data it was made from.",
+        )
 
     def require_together(self) -> None:
         """Refuse a set whose levels do not belong together: other CLIPs, or embeddings of other boxes. Raises
@@ -155,7 +149,7 @@ class FeatureCache:
 
     def names(self, level: Level) -> list[str]:
         """Class or noun names, in row order."""
-        return self._product(level).names
+        return self.product(level).names
 
     def known_nouns(self) -> list[str]:
         """Nouns in row order; empty if the set has none, or nobody knows their words, as of an import's texts."""
@@ -169,15 +163,14 @@ class FeatureCache:
     def class_embeddings(self, names: Sequence[str]) -> np.ndarray:
         """(len(names), D) float32 text embeddings. Raises HdovdError for a name that was not extracted."""
         have = {name: row for row, name in enumerate(self.names(Level.CLASS))}
-        missing = [n for n in names if n not in have]
-        if missing:
+        if missing := [n for n in names if n not in have]:
             raise HdovdError(f"{self.url} has no text embedding of {missing[:8]}: extract it with the same --protocol")
         return self.embeddings(Level.CLASS)[[have[n] for n in names]]
 
     @property
     def dim(self) -> int:
         """D, the size of every embedding."""
-        return self._product(Level.CLASS if Level.CLASS in self._products else Level.INSTANCE).dim
+        return self.product(Level.CLASS if Level.CLASS in self._products else Level.INSTANCE).dim
 
     def failed(self) -> dict[int, str]:
         """Images that lack embeddings at the image or the instance level, with the reason."""
@@ -204,8 +197,7 @@ class FeatureCache:
 
     def image_embedding(self, image_id: int) -> np.ndarray:
         """(D,) float16."""
-        row: np.ndarray = self._table(Level.IMAGE, "embedding")[self._row(Level.IMAGE, image_id)]
-        return row
+        return self._table(Level.IMAGE, "embedding")[self._row(Level.IMAGE, image_id)]
 
     def instance_embeddings(self, image_id: int) -> np.ndarray:
         """(n, D) float16, the instance rows of one image."""
@@ -312,16 +304,17 @@ class FeatureCache:
     def _number_rows(self, level: Level) -> dict[int, int]:
         return {image: row for row, image in enumerate(self._table(level, "image_id").tolist())}
 
-    def _product(self, level: Level) -> Product:
+    def product(self, level: Level) -> Product:
+        """The product of a level. Raises HdovdError if the set has none."""
         if level not in self._products:
             raise HdovdError(f"{self.url} has no {level} level; it has {', '.join(self.levels()) or 'none'}")
         return self._products[level]
 
     def _read_table(self, level: Level, name: str) -> np.ndarray:
-        return self._product(level).table(name)
+        return self.product(level).table(name)
 
     def _open_rows(self, level: Level, name: str) -> Rows:
-        return open_rows(self._product(level), name, mapped=self._mapped, checked=self._checked)
+        return open_rows(self.product(level), name, mapped=self._mapped, checked=self._checked)
 
 
 def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:
@@ -361,5 +354,4 @@ def require_unit(rows: np.ndarray, what: str) -> None:
 def normalised_rows(rows: np.ndarray) -> np.ndarray:
     """Stored float16 rows (n, D), of norm one again in float32; rows of zeros, which no embedding is, stay so."""
     wide = rows.astype(np.float32)
-    normalised: np.ndarray = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
-    return normalised
+    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)

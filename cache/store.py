@@ -27,6 +27,7 @@ from typing import IO, Any
 from urllib.parse import unquote
 
 from hdovd.cache.hub import is_hub, pulled
+from hdovd.cache.identity import hash_file
 from hdovd.core.errors import HdovdError, system_reason
 
 REPAIR = "hdovd cache verify --repair marks it as missing, to be made again"
@@ -65,10 +66,7 @@ class Folder(ABC):
     def sha256(self, name: str) -> str:
         """The checksum of an object, of a local file in blocks. Raises FileNotFoundError if there is none."""
         path = self.path(name)
-        if path is None:
-            return hashlib.sha256(self.read(name)).hexdigest()
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(self.read(name)).hexdigest() if path is None else hash_file(path)
 
     @abstractmethod
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:

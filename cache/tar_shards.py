@@ -83,8 +83,10 @@ class TarMeta:
             }
             for level, product in found.items()
         }
-        tensors = {table: found[Level.BOXES].table(table) for table in TABLES_HERE}
-        tensors |= {str(level): found[level].table("embedding") for level in TEXTS if level in found}
+        tensors = {
+            **{table: found[Level.BOXES].table(table) for table in TABLES_HERE},
+            **{str(level): found[level].table("embedding") for level in TEXTS if level in found},
+        }
         return cls(name, features, samples, products, about, tensors)
 
     def to_bytes(self) -> bytes:
@@ -135,8 +137,10 @@ class TarMeta:
                 parse_record(json.dumps(record).encode())
             if key_of(product["attributes"]["key_inputs"]) != self.features.levels[level]:
                 raise ValueError(f"the key of {level} does not follow from its key_inputs")
-        expected = {name: TABLE_ARRAYS[Level.BOXES][name] for name in TABLES_HERE}
-        expected |= {str(level): "float16" for level in TEXTS if level in self.products}
+        expected = {
+            **{name: TABLE_ARRAYS[Level.BOXES][name] for name in TABLES_HERE},
+            **{str(level): "float16" for level in TEXTS if level in self.products},
+        }
         found = {name: str(tensor.dtype) for name, tensor in self.tensors.items()}
         images, offset = len(self.tensors["image_id"]), self.tensors["offset"]
         if found != expected or offset.shape != (images + 1,) or offset[0] != 0 or (np.diff(offset) < 0).any():
@@ -179,8 +183,7 @@ class TarMeta:
         return range(shard * self.samples, min((shard + 1) * self.samples, self.images))
 
     def attributes(self, level: Level) -> dict[str, Any]:
-        found: dict[str, Any] = self.products[level]["attributes"]
-        return found
+        return self.products[level]["attributes"]
 
     def key_inputs(self) -> dict[Level, KeyInputs]:
         return {level: self.attributes(level)["key_inputs"] for level in self.products}
@@ -316,8 +319,7 @@ class TarShards:
                 f"{root} holds no {TAR_META}: expected a folder that hdovd cache export --to webdataset wrote"
             ) from None
         everything = {_name(number, "tar"): number for number in range(self.meta.shards)}
-        unknown = [name for name in names or () if name not in everything]
-        if unknown:
+        if unknown := [name for name in names or () if name not in everything]:
             raise HdovdError(
                 f"{root} has {self.meta.shards} shards, {_name(0, 'tar')} and on; asked for {shorten([*unknown])}"
             )
@@ -442,8 +444,7 @@ class TarWriter:
         there = [name for name in self.folder.sizes("") if not name.startswith(".")]
         if TAR_META in there:
             found = TarMeta.from_bytes(self.folder.read(TAR_META), f"{url}/{TAR_META}")
-            lines = differences(meta.identity(), found.identity())
-            if lines:
+            if lines := differences(meta.identity(), found.identity()):
                 raise HdovdError(
                     f"{url} holds the shards of something else; give another folder:\n  " + "\n  ".join(lines[:20])
                 )
@@ -555,5 +556,4 @@ def _open(folder: Folder, name: str) -> IO[bytes]:
     from fsspec.core import url_to_fs
 
     system, where = url_to_fs(f"{folder.url}/{name}", use_listings_cache=False)
-    stream: IO[bytes] = system.open(where, "rb", block_size=STREAM_BLOCK)
-    return stream
+    return system.open(where, "rb", block_size=STREAM_BLOCK)

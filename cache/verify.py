@@ -210,10 +210,12 @@ def _check_shapes(product: Product, tables: Mapping[str, np.ndarray]) -> Iterato
         "offset": (images + 1,),
         "box": (rows, 4),
     }
-    wanted = {name: (dtype, shapes.get(name, (rows,))) for name, dtype in TABLE_ARRAYS[product.level].items()}
-    wanted |= {
-        name: (dtype, (rows, product.dim) if wide else (rows,))
-        for name, (dtype, wide) in row_arrays(product.level, product.dim).items()
+    wanted = {
+        **{name: (dtype, shapes.get(name, (rows,))) for name, dtype in TABLE_ARRAYS[product.level].items()},
+        **{
+            name: (dtype, (rows, product.dim) if wide else (rows,))
+            for name, (dtype, wide) in row_arrays(product.level, product.dim).items()
+        },
     }
     for name, expected in wanted.items():
         array = tables[name] if name in tables else product.array(name)

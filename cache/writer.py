@@ -85,8 +85,8 @@ class ProductWriter:
             "part_rows": part_rows,
             "dim": dim,
             "made_with": made_with or {},
+            **({} if names is None else {"names": list(names)}),
         }
-        attributes |= {} if names is None else {"names": list(names)}
         objects: dict[str, Any] = {}
         zarr.create_group(zarr.storage.MemoryStore(objects), attributes=attributes)
         metadata, prefix = objects["zarr.json"].to_bytes(), f"{level}/{key}"

@@ -20,13 +20,10 @@ def ablate(config: AblateConfig) -> None:
 
     result = run(config)
     if config.dry_run:
-        for planned in result.runs:
-            typer.echo(f"{planned.state:16s}{planned.path}")
-        typer.echo(f"{len(result.runs) - result.left} of {len(result.runs)} runs done")
+        plans = [f"{planned.state:16s}{planned.path}" for planned in result.runs]
+        typer.echo("\n".join([*plans, f"{len(plans) - result.left} of {len(plans)} runs done"]))
         return
-    typer.echo(f"\n{markdown(result.table)}")
-    for file in result.files:
-        typer.echo(f"wrote {file}")
+    typer.echo("\n".join([f"\n{markdown(result.table)}", *(f"wrote {file}" for file in result.files)]))
     failed = [planned.name for planned in result.runs if planned.failed]
     if failed:
         typer.secho(f"{len(failed)} failed: {', '.join(failed)}; the same command tries them again", fg="red", err=True)

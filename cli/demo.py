@@ -11,8 +11,7 @@ from hdovd.pipelines.demo.config import DemoConfig
 @command
 def demo(config: DemoConfig, context: typer.Context) -> None:
     """Prints every command before it runs, so that you can repeat it by hand. Minutes on two CPU cores."""
-    from hdovd.pipelines.demo.run import demo as run
-    from hdovd.pipelines.demo.run import demo_table
+    from hdovd.pipelines.demo.run import demo as run, demo_table
 
     root = context.find_root().command
 
@@ -21,8 +20,10 @@ def demo(config: DemoConfig, context: typer.Context) -> None:
             root.invoke(inner)
 
     result = run(config, call)
-    typer.echo("\n" + demo_table(result))
-    typer.echo("pictures (detections with novel classes in orange; what the cache knows):")
-    for picture in result.pictures:
-        typer.echo(f"  {picture}")
-    typer.echo(f"report, one page about all runs: {result.report}")
+    lines = [
+        f"\n{demo_table(result)}",
+        "pictures (detections with novel classes in orange; what the cache knows):",
+        *(f"  {picture}" for picture in result.pictures),
+        f"report, one page about all runs: {result.report}",
+    ]
+    typer.echo("\n".join(lines))

@@ -13,8 +13,7 @@ def detect(config: DetectConfig) -> None:
     ~/.cache/hdovd. What cannot be read is skipped and listed; the exit code is 1 if nothing could be read. Ctrl-C ends
     a stream, and what was seen of it is whole. Videos need pip install "hdovd[video]". See docs/DETECT.md.
     """
-    from hdovd.pipelines.detection.detect import detect as run
-    from hdovd.pipelines.detection.detect import detect_lines
+    from hdovd.pipelines.detection.detect import detect as run, detect_lines
 
     result = run(config)
     for line in [*detect_lines(result), *(f"wrote {file}" for file in result.files)]:

@@ -29,5 +29,4 @@ def eval(config: EvalConfig) -> None:
         typer.echo(class_table(result))
     if config.errors:
         typer.echo(error_table(result.errors))
-    for file in result.files:
-        typer.echo(f"wrote {file}")
+    typer.echo("\n".join(f"wrote {file}" for file in result.files))

@@ -11,11 +11,8 @@ def transfer(config: TransferConfig) -> None:
     """No class is called base, and all are scored alike. Names are embedded by the text tower of the run's CLIP, once:
     they are kept in ~/.cache/hdovd. Results of each data set go to RUN/transfer/NAME.
     """
-    from hdovd.pipelines.transfer.transfer import transfer as run
-    from hdovd.pipelines.transfer.transfer import transfer_table
+    from hdovd.pipelines.transfer.transfer import transfer as run, transfer_table
 
     found = run(config)
-    typer.echo(transfer_table(found))
-    for result in found.values():
-        for file in result.files:
-            typer.echo(f"wrote {file}")
+    files = [file for result in found.values() for file in result.files]
+    typer.echo("\n".join([transfer_table(found), *(f"wrote {file}" for file in files)]))

@@ -15,8 +15,7 @@ def main() -> None:
     if mine:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _open_standard_streams()
-    from hdovd.cli.main import interrupt
-    from hdovd.cli.main import main as run
+    from hdovd.cli.main import interrupt, main as run
 
     if mine:
         signal.signal(signal.SIGINT, interrupt)

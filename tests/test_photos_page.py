@@ -14,8 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rtdetr_micro import NAME
-from rtdetr_micro import SETTINGS as MICRO
+from rtdetr_micro import NAME, SETTINGS as MICRO
 
 from hdovd.pipelines.demo.world import BASE, NOVEL
 

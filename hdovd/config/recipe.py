@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hdovd.config.backbone import AUTO, Auto, Count, Finite, NonNegative, Positive, Section, Share
-from hdovd.config.backbone import PRESETS as PRESETS
+from hdovd.config.backbone import AUTO, PRESETS as PRESETS, Auto, Count, Finite, NonNegative, Positive, Section, Share
 from hdovd.config.detector import FORMS, DetectorConfig, FasterRCNNConfig
 from hdovd.core.errors import HdovdError
 from hdovd.core.text_files import cut, parse_toml, read_shipped, shipped, shown

@@ -20,9 +20,9 @@ class Lines(logging.Handler):
         self._write(record.getMessage())
 
 
-def log(line: str) -> None:
-    """Say a line."""
-    if not _quiet:
+def log(*lines: str) -> None:
+    """Say some lines."""
+    for line in () if _quiet else lines:
         if is_printed():
             LOGGER.disabled = False  # as logging.config leaves every logger that a library's settings do not name
         LOGGER.info(line, stacklevel=2)

@@ -55,9 +55,8 @@ def read_text(path: Path, what: str, expected: str = "") -> str:
 
 def read_json(path: Path, what: str) -> Any:
     """Parse a JSON file whole (`JsonStream` is for the large ones). Raises HdovdError naming it."""
-    text = read_text(path, what, "JSON")
     try:
-        return json.loads(text)
+        return json.loads(read_text(path, what, "JSON"))
     except (ValueError, RecursionError) as error:
         raise HdovdError(f"{what} {path} is not valid JSON ({json_fault(error)}); is the download complete?") from error
 

@@ -265,17 +265,16 @@ class Instances:
 
     def add(self, a: dict[str, Any]) -> None:
         """Check an annotation and add it. Raises HdovdError that says what is wrong with it."""
-        box, row = a.get("bbox"), len(self.ids)
-        if box is None and a.get("segmentation"):
-            box = outline_box(a["segmentation"])
-        elif box is None and "bbox" not in a:
-            raise HdovdError(f"{self._name(a)} lacks one of id, image_id, category_id, bbox (or segmentation)")
+        row = len(self.ids)
         try:
+            box = a["bbox"] if "bbox" in a or not a.get("segmentation") else None
             number, image_id, category = a["id"], a["image_id"], a["category_id"]
         except KeyError:
             raise HdovdError(
                 f"{self._name(a)} lacks one of id, image_id, category_id, bbox (or segmentation)"
             ) from None
+        if box is None and a.get("segmentation"):
+            box = outline_box(a["segmentation"])
         if not (
             type(number) is type(image_id) is type(category) is int
             and -_MOST <= number <= _MOST
@@ -449,16 +448,14 @@ def _names(categories: list[dict[str, Any]], file: Path) -> dict[int, str]:
                 f"the categories anew, and their annotations with them"
             )
         names[number] = name
-    twice = sorted(name for name, count in Counter(names.values()).items() if count > 1)
-    if twice:
+    if twice := sorted(name for name, count in Counter(names.values()).items() if count > 1):
         raise HdovdError(f"{file}: categories of the same name: {shorten(list(twice))}; rename or merge them")
     return names
 
 
 def _labels(names: dict[int, str], protocol: Protocol, file: Path) -> tuple[dict[int, int], tuple[int, ...]]:
     id_of = {name: number for number, name in names.items()}
-    absent = [name for name in protocol.names if name not in id_of]
-    if absent:
+    if absent := [name for name in protocol.names if name not in id_of]:
         near = {name: get_close_matches(name, id_of, 1) for name in absent}
         hints = "; ".join(
             f"{name!r}" + (f" (the file has {n[0]!r})" if n else "") for name, n in list(near.items())[:8]
@@ -555,8 +552,7 @@ class DataPaths:
         files, named = self.locate(split), self.annotations is None or self.form != AUTO
         federated = self._form().federated if named else None
         loaded = replace(load_split(*files, protocol, base_only=base_only, federated=federated), exif=Exif(exif))
-        for line in loaded.skips.lines():
-            log(line)
+        log(*loaded.skips.lines())
         if loaded.empty:
             classes, switch = ("base", "keep_empty_train") if base_only else ("protocol's", "keep_empty_val")
             log(

@@ -44,14 +44,6 @@ class Targets:
         """Mirrored left to right in an image of `width` pixels; rows keep their places."""
         return replace(self, boxes=flip_boxes(self.boxes, width), pseudo_boxes=flip_boxes(self.pseudo_boxes, width))
 
-    def scaled(self, x: float, y: float) -> "Targets":
-        """All coordinates multiplied by the resize factors of the two axes."""
-        return scale_all([self], [(x, y)])[0]
-
-    def with_best_pseudo_boxes(self, min_side: float, most: int | None) -> "Targets":
-        """Keeps the first `most` pseudo boxes (None: all) with both sides over `min_side` pixels (METHOD section 2)."""
-        return with_large_pseudo_boxes([self], min_side)[0].with_first_pseudo_boxes(most)
-
     def with_first_pseudo_boxes(self, most: int | None) -> "Targets":
         """Keeps the first `most` pseudo boxes; None: all."""
         return replace(

@@ -163,8 +163,7 @@ class GroundTruth:
 
         Raises HdovdError if one is for an image that is not in the truth.
         """
-        strange = {d["image_id"] for d in detections} - self._image_ids
-        if strange:
+        if strange := {d["image_id"] for d in detections} - self._image_ids:
             raise HdovdError(
                 f"detections for images that the ground truth does not hold: {shorten(sorted(strange))}; "
                 "were they made for another split?"

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hdovd.data.protocol import GROUPS as GROUPS
-from hdovd.data.protocol import Protocol
+from hdovd.data.protocol import GROUPS as GROUPS, Protocol
 
 if TYPE_CHECKING:
     import numpy as np

@@ -142,9 +142,8 @@ class Detector(nn.Module):
         raise HdovdError(f"detector {self.recipe.detector.name} does not give the embeddings of its boxes (`students`)")
 
 
-def _with_background_texts(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+def _with_background_texts(module: Detector, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
     """Weights that were trained with texts of backgrounds bring them; those of before there were any have none."""
-    assert isinstance(module, Detector)
     if (rows := state.get(prefix + "background_texts")) is not None:
         module.set_background_texts(rows.to(module.background_texts.device))
 

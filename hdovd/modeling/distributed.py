@@ -45,8 +45,7 @@ def gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     if world_size() == 1:
         return rows
     counts = counts_of_ranks(len(rows), rows.device) if counts is None else counts
-    gathered: Tensor = _GatherRows.apply(rows, counts)
-    return gathered
+    return _GatherRows.apply(rows, counts)
 
 
 def mean_count(count: Tensor) -> Tensor:
@@ -95,8 +94,7 @@ class FeatureQueue(nn.Module):
         self.register_load_state_dict_post_hook(FeatureQueue._recount)
 
     @staticmethod
-    def _recount(module: nn.Module, _: object) -> None:
-        assert isinstance(module, FeatureQueue)
+    def _recount(module: "FeatureQueue", _: object) -> None:
         module._held = int((module.rows != 0).any(dim=1).sum())
 
     def read(self) -> Tensor:

@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from hdovd.cache.catalog import is_tar_form
-from hdovd.cache.identity import differences
+from hdovd.cache.identity import require_same
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import log, quiet
@@ -170,12 +170,13 @@ def standing(planned: Planned, config: AblateConfig) -> RunState:
         ORACLE: planned.cell.arm == ORACLE,
         **lasting_values(planned.recipe.with_precision(str(run.settings.get("train.precision")))),
     }
-    if lines := differences(asked, there, sides=("asked for", "there")):
-        raise HdovdError(
-            f"{planned.path} holds a run of another config:\n  "
-            + "\n  ".join(lines)
-            + "\nAsk for that, give another --out, or delete that folder"
-        )
+    require_same(
+        asked,
+        there,
+        f"{planned.path} holds a run of another config",
+        "Ask for that, give another --out, or delete that folder",
+        sides=("asked for", "there"),
+    )
     if run.ap and run.epochs_done == run.epochs:
         return RunState.DONE
     trained = (
@@ -322,13 +323,13 @@ def _check_features(plans: list[Planned], levels: dict[str, str] | None) -> None
     expected = next(iter(there.values()), {}) if levels is None else levels
     whose = f"{next(iter(there), '')} was trained with" if levels is None else "the cache holds now"
     for path, mine in there.items():
-        if mine != expected:
-            lines = differences(mine, expected, sides=("there", "expected"))
-            raise HdovdError(
-                f"{path} was trained with other features than {whose}:\n  "
-                + "\n  ".join(lines)
-                + "\nAn ablation is of one cache: give another --out, or the --cache and --features of that run"
-            )
+        require_same(
+            mine,
+            expected,
+            f"{path} was trained with other features than {whose}",
+            "An ablation is of one cache: give another --out, or the --cache and --features of that run",
+            sides=("there", "expected"),
+        )
 
 
 @contextmanager

@@ -221,10 +221,6 @@ class AblationTable:
     def has_arms(self) -> bool:
         return any(row.arm for row in self.rows)
 
-    @property
-    def complete(self) -> bool:
-        return all(row.done == row.seeds for row in self.rows)
-
 
 def scores_of(runs: Mapping[int, Run]) -> dict[str, dict[int, float | None]]:
     """`Row.scores` of runs by seed."""
@@ -393,4 +389,5 @@ def _texts(table: AblationTable) -> tuple[list[str], list[list[str]]]:
 def _marks(table: AblationTable) -> list[str]:
     """What the marks of rows mean that are not finished, and what the gap is."""
     unfinished = f"Not finished: {NONE} no seed is done yet; 1 of 3 seeds: the mean of that one."
-    return ([] if table.complete else [unfinished]) + ([GAP_TOLD] if table.has_arms else [])
+    is_whole = all(row.done == row.seeds for row in table.rows)
+    return ([] if is_whole else [unfinished]) + ([GAP_TOLD] if table.has_arms else [])

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from hdovd.cache.identity import hash_file
 from hdovd.cache.schema import Level
 from hdovd.core.log import log, quiet
 from hdovd.pipelines.audit import checks
 from hdovd.pipelines.audit.checks import Check, Verdict
 from hdovd.pipelines.audit.config import AuditConfig
-from hdovd.pipelines.audit.inputs import Audited, read_audited, sha256_of
+from hdovd.pipelines.audit.inputs import Audited, read_audited
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.proposal_files.file import read_table
 
@@ -91,12 +92,11 @@ def audit(config: AuditConfig) -> AuditReport:
             _made(audited, "pseudo boxes", checks.pseudo_boxes),
         ],
     )
-    for line in report.lines():
-        log(line)
+    log(*report.lines())
     if config.json_out is not None:
         tree = report.to_dict() | {
             "levels": {str(level): cache.key(level) for level in cache.levels()},
-            "annotations_sha256": sha256_of(audited.truth.file),
+            "annotations_sha256": hash_file(audited.truth.file),
         }
         write_text(config.json_out, json.dumps(tree, indent=1))
     return report

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from hdovd.cache.identity import differences
+from hdovd.cache.identity import differences, hash_file
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.text_files import read_toml
 from hdovd.data.coco import Skips, Split
 from hdovd.data.protocol import load_protocol, shipped_protocols
 from hdovd.evaluation.recall import box_ious
-from hdovd.pipelines.audit.inputs import Audited, CachedBoxes, GroundTruth, read_run, sha256_of
+from hdovd.pipelines.audit.inputs import Audited, CachedBoxes, GroundTruth, read_run
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.extraction.identities import box_table
@@ -129,8 +129,7 @@ def base_rows(audited: Audited, found: Check) -> str:
         (~known, "are of annotations that {} does not have", "give the annotation file that the cache was made from"),
         (known, "lie elsewhere than their annotation in {}", "is it the file that the cache was made from?"),
     ):
-        ids = boxes.annotation_id[others[part & ~copied]].tolist()
-        if ids:
+        if ids := boxes.annotation_id[others[part & ~copied]].tolist():
             found.unknown.append(f"{len(ids):,d} base rows {why.format(truth.file)} (ids {shorten(ids)}): {then}")
     found.numbers = {
         "base_rows": int(boxes.is_base.sum()),
@@ -270,7 +269,7 @@ def _content(sizes: Mapping[Path, int | None], one: Iterable[Path], two: Iterabl
     """sha256 of those files that have the size of a file of the other side."""
     common = {sizes[file] for file in one} & {sizes[file] for file in two} - {None}
     wanted = [file for file, size in sizes.items() if size in common]
-    return {file: sha256_of(file) for file in progress(wanted, "comparing pictures", "picture", len(wanted))}
+    return {file: hash_file(file) for file in progress(wanted, "comparing pictures", "picture", len(wanted))}
 
 
 def _judge_shared_ids(
@@ -389,9 +388,9 @@ def _judge_record(audited: Audited, found: Check, record: dict[str, Any], whose:
         found.unknown.append(f"{whose} does not say which classes were base")
     if not isinstance(recorded, str):
         found.unknown.append(f"{whose} does not say which annotation file was trained on (annotations.sha256)")
-    elif val is not None and recorded == sha256_of(val.file):
+    elif val is not None and recorded == hash_file(val.file):
         found.leaks.append(f"{whose}: trained on {val.file}: those are the test pictures")
-    elif recorded != sha256_of(truth.file):
+    elif recorded != hash_file(truth.file):
         beside = f" nor {val.file}" if val is not None else ", and no validation file was given"
         found.unknown.append(
             f"{whose}: trained on {record['annotations'].get('file', 'a file')} (sha256 {recorded[:12]}), which is not "

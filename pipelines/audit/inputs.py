@@ -4,17 +4,14 @@
 Training never sees these: `coco.load_split` leaves novel boxes out. N images, A annotations, M rows of boxes.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hdovd.cache.catalog import Catalog
 from hdovd.cache.hub import local_run
 from hdovd.cache.identity import require_seal
-from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError
@@ -46,12 +43,6 @@ class GroundTruth:
 
     def class_name(self, row: int) -> str:
         return self.names.get(int(self.category[row]), f"category {self.category[row]}")
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_truth(file: Path, folder: Path | None = None) -> GroundTruth:
@@ -97,8 +88,7 @@ def read_boxes(cache: FeatureCache) -> CachedBoxes:
         raise HdovdError(
             f"{cache.url}: the set has no boxes, so there is nothing to audit: extract it with hdovd extract-clip"
         )
-    folder = Catalog(cache.url).folder
-    boxes = Product(folder, Level.BOXES, cache.key(Level.BOXES))
+    boxes = cache.product(Level.BOXES)
     image_id = boxes.table("image_id")
     named = {Level.PSEUDO_LABEL, Level.NOUN} <= set(cache.levels())
     return CachedBoxes(
@@ -107,7 +97,7 @@ def read_boxes(cache: FeatureCache) -> CachedBoxes:
         boxes.table("box"),
         np.asarray(boxes.table("source") == Source.BASE_BOX),
         boxes.table("annotation_id"),
-        Product(folder, Level.PSEUDO_LABEL, cache.key(Level.PSEUDO_LABEL)).table("noun") if named else None,
+        cache.product(Level.PSEUDO_LABEL).table("noun") if named else None,
         tuple(cache.known_nouns()) if named else (),
     )
 

@@ -299,7 +299,7 @@ def import_features(config: ImportConfig) -> FeatureSet:
     if config.clip is None:
         log("no --clip: no class names were embedded, and training needs them; give the CLIP that the publishers used")
     else:
-        writers[Level.CLASS] = _write_classes(config, protocol.names, catalog, found.dim)
+        writers[Level.CLASS] = _write_classes(config, config.clip, protocol.names, catalog, found.dim)
     features = FeatureSet(
         {level: writer.product.key for level, writer in writers.items()},
         {**split.skips.by_reason, **({"proposal without area, image": list(found.dropped)} if found.dropped else {})},
@@ -348,8 +348,7 @@ def _survey(config: ImportConfig, split: Split, read: Read) -> _Survey:
             with_images = True
         for row in () if image.proposal_text is None else image.proposal_text.astype(np.float16):
             hashes[Level.PSEUDO_LABEL].update(texts.setdefault(row.tobytes(), len(texts)).to_bytes(8, "little"))
-    for image_id, reason in list(failed.items())[:20]:
-        log(f"left out: image {image_id}: {reason}")
+    log(*(f"left out: image {image_id}: {reason}" for image_id, reason in list(failed.items())[:20]))
     if len(failed) == len(split.images):
         raise HdovdError(
             f"nothing in {config.source} fits {split.annotations}: all {len(failed)} images were left out, first of "
@@ -452,20 +451,19 @@ def _pseudo_labels(
     return {"noun": noun, "noun_cosine": cosine}
 
 
-def _write_classes(config: ImportConfig, names: tuple[str, ...], catalog: Catalog, dim: int) -> ProductWriter:
+def _write_classes(
+    config: ImportConfig, named: str, names: tuple[str, ...], catalog: Catalog, dim: int
+) -> ProductWriter:
     """The class level, by the CLIP that the user says it was."""
     from hdovd.pipelines.teachers.openclip import load_clip
 
-    assert config.clip is not None
     clip = load_clip(
-        config.clip, config.pretrained, device=config.device, precision=config.precision, activation=config.activation
+        named, config.pretrained, device=config.device, precision=config.precision, activation=config.activation
     )
-    for note in clip.notes:
-        log(note)
+    log(*clip.notes)
     if clip.dim != dim:
         raise HdovdError(
-            f"--clip {config.clip} embeds in {clip.dim} values, {config.source} holds {dim}: it is not the CLIP that "
-            f"was used"
+            f"--clip {named} embeds in {clip.dim} values, {config.source} holds {dim}: it is not the CLIP that was used"
         )
     texts = TextRows(names)
     inputs = texts.inputs(clip, config.templates) | _origin(config)
@@ -480,6 +478,5 @@ def _write_classes(config: ImportConfig, names: tuple[str, ...], catalog: Catalo
         made_with=clip.made_with,
     )
     for part in writer.product.missing():
-        rows = texts.embed(clip, config.templates, *writer.product.rows_of(part))
-        writer.write_part(part, {"embedding": rows})
+        writer.write_part(part, {"embedding": texts.embed(clip, config.templates, *writer.product.rows_of(part))})
     return writer

@@ -292,17 +292,14 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
         f"set {name} of {catalog.folder.url}: {counted(len(mine), 'product')}, "
         f"{size(sum(entry.size for entry in mine))}",
         *(f"  {line}" for line in table_lines(HEAD, [_cells(entry, entries) for entry in mine], NUMBERS)),
+        *(
+            f"  {level} {key[:12]} is not there: hdovd cache verify"
+            for level, key in features.levels.items()
+            if (level, key) not in {(e.level, e.key) for e in mine}
+        ),
+        "made from" if features.made_from else "made from: imported, nothing to make it again from",
+        *pair_lines(features.made_from),
     ]
-    lines += [
-        f"  {level} {key[:12]} is not there: hdovd cache verify"
-        for level, key in features.levels.items()
-        if (level, key) not in {(e.level, e.key) for e in mine}
-    ]
-    lines += (
-        ["made from", *pair_lines(features.made_from)]
-        if features.made_from
-        else ["made from: imported, nothing to make it again from"]
-    )
     if features.proposals:
         made_by = features.proposals.get("made_by")
         lines += [
@@ -351,10 +348,15 @@ def _product_lines(entry: Entry, entries: Sequence[Entry]) -> list[str]:
         f"ago",
         "used by": ", ".join(entry.users) or "nothing",
     }
-    lines = [f"{entry.level} {entry.key}", *(f"  {name:10s}{value}" for name, value in values.items())]
-    lines += ["made with", *pair_lines(product.attributes["made_with"])] if product.attributes["made_with"] else []
-    lines += ["key inputs", *pair_lines(product.attributes["key_inputs"])]
-    return lines + (_failed_lines(product.failed()) if entry.level in (Level.IMAGE, Level.INSTANCE) else [])
+    made_with = product.attributes["made_with"]
+    return [
+        f"{entry.level} {entry.key}",
+        *(f"  {name:10s}{value}" for name, value in values.items()),
+        *(["made with", *pair_lines(made_with)] if made_with else []),
+        "key inputs",
+        *pair_lines(product.attributes["key_inputs"]),
+        *(_failed_lines(product.failed()) if entry.level in (Level.IMAGE, Level.INSTANCE) else []),
+    ]
 
 
 def _failed_lines(failed: dict[int, str]) -> list[str]:
@@ -411,8 +413,10 @@ def difference_lines(a: Catalog, a_name: str, b: Catalog, b_name: str) -> list[s
             *(f"  {line}" for line in _row_differences(one[level], other[level], inputs, sides)),
         ]
     if len(one) > 1 and len(other) > 1:
-        lines += [f"{level}: only {sides[0]} has it" for level in one if level not in other]
-        lines += [f"{level}: only {sides[1]} has it" for level in other if level not in one]
+        lines += [
+            *(f"{level}: only {sides[0]} has it" for level in one if level not in other),
+            *(f"{level}: only {sides[1]} has it" for level in other if level not in one),
+        ]
     return lines
 
 

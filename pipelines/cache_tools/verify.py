@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.cache.catalog import Catalog, FeatureSet, group_objects, is_tar_form
-from hdovd.cache.identity import differences
+from hdovd.cache.identity import require_same
 from hdovd.cache.picture_files import known_files
 from hdovd.cache.product import Product, record_name
 from hdovd.cache.rows import open_rows
@@ -127,17 +127,13 @@ def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
 
 
 def _refuse_others(product: Product, have: dict[str, Any]) -> None:
-    lines = differences(
+    require_same(
         {name: product.key_inputs[name] for name in have if name in product.key_inputs},
         have,
+        f"{product.folder.url}: {product} was made by another CLIP",
+        "Give the one that it was made with: --clip, --pretrained.",
         sides=("the cache has", "the CLIP named has"),
     )
-    if lines:
-        raise HdovdError(
-            f"{product.folder.url}: {product} was made by another CLIP:\n  "
-            + "\n  ".join(lines)
-            + "\nGive the one that it was made with: --clip, --pretrained."
-        )
 
 
 def _cosines(product: Product, embedder: Embedder, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -257,13 +253,14 @@ def _check_folder(config: CheckConfig, report: CheckReport, teacher: Teacher | N
     load = lru_cache(_load_clip) if teacher is None else lambda *_: teacher  # sets of one CLIP share it
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
         _check_pictures(config, name, features, report, load)
-    for line in checked.unfinished:
-        log(f"not finished, which is no fault: {line}")
-    for line in unsealed_records(folder):
-        log(f"no checksum: {line} was written by an older version; what it says was not checked")
     log(
+        *(f"not finished, which is no fault: {line}" for line in checked.unfinished),
+        *(
+            f"no checksum: {line} was written by an older version; what it says was not checked"
+            for line in unsealed_records(folder)
+        ),
         f"checked {counted(checked.products, 'product')}: {checked.objects:,d} objects of {size(checked.bytes)} by "
-        f"size and checksum, {checked.rows:,d} rows in {checked.parts:,d} parts by value"
+        f"size and checksum, {checked.rows:,d} rows in {checked.parts:,d} parts by value",
     )
 
 
@@ -309,8 +306,10 @@ def _load_clip(clip: str, pretrained: str | None, device: str, precision: Precis
 def _check_shards(config: CheckConfig, report: CheckReport) -> None:
     """A folder of tar shards: what it holds besides them, and each shard whole."""
     shards = TarShards(config.cache, whole=False)
-    checks = [(TAR_META, partial(shards.meta.check_rows, f"{shards.url}/{TAR_META}"))]
-    checks += [(f"{number:06d}.tar", partial(shards.verify, number)) for number in shards.numbers]
+    checks = [
+        (TAR_META, partial(shards.meta.check_rows, f"{shards.url}/{TAR_META}")),
+        *((f"{number:06d}.tar", partial(shards.verify, number)) for number in shards.numbers),
+    ]
     for place, check in progress(checks, "verify", "shard"):
         try:
             check()
@@ -349,15 +348,18 @@ def _mark_missing(config: CheckConfig, findings: Sequence[Finding]) -> None:
         return
     damaged = {finding.product for finding in findings if not str(finding.part).startswith(INDEX)}
     again = {name: features for name, features in sets.items() if damaged & features.levels.items()}
-    commands = [_command(config.cache, name, features) for name, features in again.items()]
-    commands += [f"hdovd cache index {shlex.quote(str(config.cache))}"] * any(f"/{INDEX}" in name for name in gone)
-    commands += [f"the hdovd extract-clip command of set {name[5:-5]}" for name in gone if name.startswith("sets/")]
+    commands = [
+        *(_command(config.cache, name, features) for name, features in again.items()),
+        *[f"hdovd cache index {shlex.quote(str(config.cache))}"] * any(f"/{INDEX}" in name for name in gone),
+        *(f"the hdovd extract-clip command of set {name[5:-5]}" for name in gone if name.startswith("sets/")),
+    ]
     log(
         f"{counted(len(gone), 'object')} marked as missing; "
-        + ("now run, to make them again:" if commands else "no set uses them: hdovd cache gc deletes what nothing uses")
+        + (
+            "now run, to make them again:" if commands else "no set uses them: hdovd cache gc deletes what nothing uses"
+        ),
+        *(f"  {command}" for command in commands),
     )
-    for command in commands:
-        log(f"  {command}")
 
 
 def _command(cache: Path | str, name: str, features: FeatureSet) -> str:
@@ -373,10 +375,16 @@ def _command(cache: Path | str, name: str, features: FeatureSet) -> str:
 def extract_command(cache: Path | str, name: str, made_from: Mapping[str, Any]) -> str:
     """The `hdovd extract-clip` command that makes what a set lacks; FILE where it had prompts of its own."""
     data = made_from["data"]
-    given = {"cache": cache, "data": data["root"], "images": data["images"], "annotations": data["annotations"]}
-    given |= {option: made_from.get(option) for option in OPTIONS}
     shipped = [one for one in shipped_templates() if read_templates(one) == tuple(made_from["templates"])]
-    given |= {"templates": [*shipped, "FILE"][0], "features": None if name == DEFAULT_SET else name}
+    given = {
+        "cache": cache,
+        "data": data["root"],
+        "images": data["images"],
+        "annotations": data["annotations"],
+        **{option: made_from.get(option) for option in OPTIONS},
+        "templates": [*shipped, "FILE"][0],
+        "features": None if name == DEFAULT_SET else name,
+    }
     if "dense" in made_from:
         given |= {"instance_teacher": "dense", "dense_side": made_from["dense"]["side"]}
     if "crop" in made_from:

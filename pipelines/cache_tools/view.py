@@ -259,8 +259,7 @@ def view_images(config: ViewConfig) -> list[Path]:
     for image in (images[image_id] for image_id in ids):
         path, problem, picture = split.path(image), "", None
         view = gather_view(cache, image.id, image, names=protocol.names, file=path, reliability=reliability)
-        for line in view_lines(view, protocol.novel):
-            log(line)
+        log(*view_lines(view, protocol.novel))
         try:
             picture = read_image(path, image.width, image.height, exif=split.exif)
         except HdovdError as error:  # the extraction could not read it either: its boxes are still to be seen
@@ -280,8 +279,7 @@ def chosen_images(cache: FeatureCache, asked: Sequence[str], seed: int = 0) -> l
         return [next((image for image in there if len(cache.instances(image).box)), there[0])]
     known, ids = set(there), list[int]()
     for word in asked:
-        drawn = re.fullmatch(r"random(?::(\d+))?", word)
-        if drawn:
+        if drawn := re.fullmatch(r"random(?::(\d+))?", word):
             ids += random.Random(seed).sample(there, min(int(drawn[1] or 1), len(there)))
         elif not re.fullmatch(r"-?\d+", word):
             raise HdovdError(

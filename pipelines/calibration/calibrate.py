@@ -103,8 +103,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
             f"{len(right)} right and {len(wrong)} wrong labels are too few, expected {LEAST} or more of each"
         )
     fitted = found.fitted_to(cache)
-    for line in expectation(cache, fitted):
-        log(line)
+    log(*expectation(cache, fitted))
     fit = Fit(*(fitted[name] for name in ("centre", "width", "scale", "auc")))
     picture = config.out.with_suffix(".png")
     about = {

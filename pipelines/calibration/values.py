@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from hdovd.cache.identity import KeyInputs, differences
+from hdovd.cache.identity import KeyInputs, require_same
 from hdovd.cache.schema import Level
 from hdovd.config.backbone import AUTO
 from hdovd.core.errors import HdovdError, shorten
@@ -92,7 +92,7 @@ def origin_of(cache: FeatureCache) -> LabelOrigin:
     return LabelOrigin(
         cache.url,
         {level: cache.key_inputs(level) for level in cache.levels()},
-        cache.made_with(Level.INSTANCE),
+        dict(cache.product(Level.INSTANCE).attributes["made_with"]),
         cache.dim,
         cache.set.label_weights,
     )
@@ -134,14 +134,14 @@ class Calibration:
                 f"--calibration {file} was fitted on boxes of {shorten(novel)}, which the protocol does not call base: "
                 f"it would give novel classes away. Fit one with this protocol: hdovd calibrate --cache {origin.url}"
             )
-        lines = differences(self.fitted_on["way"], origin.way(), sides=("fitted on", "these features have"))
-        if lines:
-            raise HdovdError(
-                f"--calibration {file} was fitted on set {self.fitted_on['features']} of {self.fitted_on['cache']}, "
-                f"which was made in another way than the features of {origin.url}:\n  "
-                + "\n  ".join(lines)
-                + f"\nFit one to them: hdovd calibrate --cache {origin.url}"
-            )
+        require_same(
+            self.fitted_on["way"],
+            origin.way(),
+            f"--calibration {file} was fitted on set {self.fitted_on['features']} of {self.fitted_on['cache']}, "
+            f"which was made in another way than the features of {origin.url}",
+            f"Fit one to them: hdovd calibrate --cache {origin.url}",
+            sides=("fitted on", "these features have"),
+        )
 
 
 def read_calibration(file: Path) -> Calibration:

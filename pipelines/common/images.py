@@ -45,16 +45,6 @@ AnyPicture = Path | str | bytes | Image.Image | Tensor | np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
-class Annotated:
-    """A picture of a data set. `either`: whether its annotated size fits it turned and as stored, so that `Exif`
-    decided.
-    """
-
-    image: Image.Image
-    either: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Decoded:
     """pixels (3, h, w) uint8 RGB; width and height of the whole picture: those of the pixels, or more if it was
     reduced.
@@ -72,11 +62,13 @@ def read_image(
 
     Raises HdovdError, naming `path`, if it cannot be read or is not `width` x `height` pixels.
     """
-    return read_annotated(path, width, height, data, exif).image
+    return read_annotated(path, width, height, data, exif)[0]
 
 
-def read_annotated(path: Path | str, width: int, height: int, data: bytes | None, exif: Exif) -> Annotated:
-    """`read_image`, and what was to be decided."""
+def read_annotated(
+    path: Path | str, width: int, height: int, data: bytes | None, exif: Exif
+) -> tuple[Image.Image, bool]:
+    """`read_image`, and whether its annotated size fits it turned and as stored, so that `exif` decided."""
     with told(str(path)), open_picture(path if data is None else io.BytesIO(data)) as file:
         file.load()  # a PNG may have its EXIF after its pixels
         orientation, kind = orientation_of(file), file.format
@@ -92,16 +84,15 @@ def read_annotated(path: Path | str, width: int, height: int, data: bytes | None
         either = orientation != 1 and turned == file.size
         if orientation != 1 and (exif is Exif.APPLY if either else (width, height) == turned):
             ImageOps.exif_transpose(file, in_place=True)
-        return Annotated(_rgb(file, kind), either)
+        return _rgb(file, kind), either
 
 
 def read_pixels(split: Split, image: ImageBoxes) -> Tensor:
     """A picture of a split as (3, h, w) uint8 RGB. Raises HdovdError naming the image."""
     try:
-        picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
+        return pixels_of(read_image(split.path(image), image.width, image.height, exif=split.exif))
     except HdovdError as error:
         raise HdovdError(f"image {image.id}: {error}") from error
-    return pixels_of(picture)
 
 
 def read_alike(split: Split, number: int) -> bool:

@@ -58,7 +58,6 @@ def names_asked(text: str) -> tuple[str, ...]:
     for name in filter(None, names):
         checked_name(name, "--classes: a name")
     first: dict[str, str] = {}
-    twice = [name for name in names if name and first.setdefault(name.casefold(), name) is not name]
-    if twice:
+    if twice := [name for name in names if name and first.setdefault(name.casefold(), name) is not name]:
         log(f"note: --classes: named twice, taken once: {shorten(list(twice))}")
     return tuple(first.values())

@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,20 +52,11 @@ class Precision(StrEnum):
         return {"float32": cls.FP32, "bfloat16": cls.BF16, "float16": cls.FP16}.get(str(dtype_name))
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A precision other than auto. `line`: what was chosen and why, or what it costs; empty where it was asked for and
-    suits.
-    """
-
-    precision: Precision
-    line: str = ""
-
-
 def choose(
     asked: Precision | str, device: torch.device, *, training: bool, own: Precision | str | None = None, whose: str = ""
-) -> Choice:
-    """What to compute in on a device.
+) -> tuple[Precision, str]:
+    """What to compute in on a device, which is not auto; and a line: what was chosen and why, or what it costs, empty
+    where it was asked for and suits.
 
     Args:
         own: the precision of what is there already and gone on with, which auto takes; `whose` names it, such as "the
@@ -90,7 +80,7 @@ def choose(
         )
     if precision is Precision.BF16 and not native:
         line = f"{line or 'note: precision bf16'}; {why}: it is emulated, {SLOW}"
-    return Choice(precision, line)
+    return precision, line
 
 
 def _auto(device: torch.device, native: bool, why: str, *, training: bool) -> tuple[Precision, str]:
@@ -147,8 +137,8 @@ def cpu_features(file: Path = Path("/proc/cpuinfo")) -> set[str] | None:
 
 def settled(recipe: Recipe, device: torch.device, own: str | None = None, whose: str = "") -> tuple[Recipe, str]:
     """The recipe with a precision that is not auto, and the line to say of it. Raises HdovdError."""
-    choice = choose(recipe.train.precision, device, training=True, own=own, whose=whose)
-    return recipe.with_precision(choice.precision.value), choice.line
+    precision, line = choose(recipe.train.precision, device, training=True, own=own, whose=whose)
+    return recipe.with_precision(precision.value), line
 
 
 @contextmanager

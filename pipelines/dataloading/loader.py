@@ -56,8 +56,7 @@ class Packed(Generic[Batch]):
     def unpack(self) -> Batch:
         """The batch. Its tensors and arrays are views that keep the whole buffer alive; clone what outlives the
         batch."""
-        batch: Batch = _Unpickler(self).load()
-        return batch
+        return _Unpickler(self).load()
 
     def pin_memory(self) -> "Packed[Batch]":
         """The same in page-locked memory; the DataLoader calls it."""

@@ -139,8 +139,13 @@ class _Stages:
 
         Raises HdovdError for a job that fails, with the end of its log, and Stopped if a signal came.
         """
-        for words in (words for job in jobs for words in job.commands):
-            log("\n$ " + (f"hdovd {shlex.join(words[3:])}" if words[1] == "-m" else shlex.join(words)))
+        log(
+            *(
+                "\n$ " + (f"hdovd {shlex.join(words[3:])}" if words[1] == "-m" else shlex.join(words))
+                for job in jobs
+                for words in job.commands
+            )
+        )
         count = min(len(jobs), usable_cores())
         log(f"\n{count} at a time; what they print is in " + " ".join(shlex.quote(str(job.log)) for job in jobs))
 
@@ -233,8 +238,10 @@ def _look(stages: _Stages) -> None:
 def demo_table(result: DemoResult) -> str:
     """Mean over seeds, with the standard deviation where there are several, and the time of each stage."""
     seeds = len(result.metrics[DISTILLED])
-    rows = {variant: [tree["ap50"] for tree in trees] for variant, trees in result.metrics.items()}
-    rows["distilled, split-blind"] = [tree["split_blind"]["ap50"] for tree in result.metrics[DISTILLED]]
+    rows = {
+        **{variant: [tree["ap50"] for tree in trees] for variant, trees in result.metrics.items()},
+        "distilled, split-blind": [tree["split_blind"]["ap50"] for tree in result.metrics[DISTILLED]],
+    }
     spent = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items())
     lines = [
         f"AP50 on the demo world, percent, mean of {seeds} seed{'s' if seeds > 1 else ''}"

@@ -42,7 +42,7 @@ _SCENES, _STEPS, _BATCH, _RATE, _LOGIT_SCALE = 1500, 400, 96, 3e-3, 25.0
 
 def demo_teacher(folder: Path, seed: int = 0) -> str:
     """The `local-dir:` name of the demo's CLIP, trained now unless `folder` holds it already."""
-    choice = choose(Precision.AUTO, torch.device("cpu"), training=True)
+    precision, line = choose(Precision.AUTO, torch.device("cpu"), training=True)
     recipe = json.dumps(
         [
             MODEL_CFG,
@@ -55,15 +55,15 @@ def demo_teacher(folder: Path, seed: int = 0) -> str:
             _LOGIT_SCALE,
             seed,
             open_clip.__version__,
-            choice.precision,
+            precision,
         ]
     )
     home = folder / f"demo-clip-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if (home / "open_clip_config.json").is_file():
         log(f"reusing the demo CLIP in {home}")
         return f"local-dir:{home}"
-    log(choice.line)
-    model = train_teacher(seed, in_bf16=choice.precision is Precision.BF16)
+    log(line)
+    model = train_teacher(seed, in_bf16=precision is Precision.BF16)
     partial = folder / f".{home.name}.{os.getpid()}"  # not mkdtemp's, which would be this user's alone
     save_clip(model, partial)
     try:

@@ -42,9 +42,9 @@ def read_picture(path: Path, width: int, height: int, exif: Exif) -> Picture:
     """A picture as `images.read_image` reads it. Raises HdovdError."""
     with told(str(path)), path.open("rb") as file:
         stat, data = os.fstat(file.fileno()), file.read()
-    found = read_annotated(path, width, height, data, exif)
-    pixels = torch.from_numpy(np.array(found.image)).permute(2, 0, 1)
-    return Picture(pixels, PictureFile.of(path, stat, data, either=found.either))
+    found, either = read_annotated(path, width, height, data, exif)
+    pixels = torch.from_numpy(np.array(found)).permute(2, 0, 1)
+    return Picture(pixels, PictureFile.of(path, stat, data, either=either))
 
 
 @dataclass(frozen=True, slots=True)

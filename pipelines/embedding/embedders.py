@@ -144,5 +144,4 @@ def mean_of(embeddings: np.ndarray, crops: int) -> np.ndarray:
     if crops == 1:
         return embeddings
     mean = embeddings[: len(embeddings) // crops * crops].reshape(-1, crops, embeddings.shape[1]).mean(axis=1)
-    normalised: np.ndarray = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    return normalised
+    return mean / np.linalg.norm(mean, axis=1, keepdims=True)

@@ -36,8 +36,7 @@ from hdovd.config.recipe import InferenceConfig, InputConfig, build_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
 from hdovd.core.version import __version__
-from hdovd.modeling.base import Detector as Model
-from hdovd.modeling.base import build_detector
+from hdovd.modeling.base import Detector as Model, build_detector
 from hdovd.modeling.batching import input_size
 from hdovd.modeling.boxes import Detections, detect
 from hdovd.modeling.export.detectors import ExportableDetector
@@ -358,9 +357,9 @@ def export_model(job: ExportModelConfig) -> Checked:
     found = checked[0]
     log(
         f"checked: {found.detections} detections in {found.pictures} pictures; largest difference from the model "
-        f"{found.difference:.1e} (scores; boxes in percent of the input's long side)"
+        f"{found.difference:.1e} (scores; boxes in percent of the input's long side)",
+        f"wrote {job.out} ({job.form.value}, {job.out.stat().st_size / 1e6:.1f} MB)",
     )
-    log(f"wrote {job.out} ({job.form.value}, {job.out.stat().st_size / 1e6:.1f} MB)")
     return found
 
 

@@ -66,20 +66,21 @@ class LabelRule:
 
     def inputs(self) -> KeyInputs:
         """What the rule adds to the identity of labels: no temperature for one noun, whose weight is 1 at any."""
-        of_top = {} if self.top == 1 else {"top_k": self.top, "temperature": self.temperature}
-        settled = {"barred": list(self.barred), "mention": self.mention} if self.barred or self.mention else {}
-        grounds = {"backgrounds": list(self.backgrounds)} if self.backgrounds else {}
-        judged = {} if self.judged is None else {"judged": self.judged}
-        choice = {} if self.choice is LabelChoice.MENTIONED else {"choice": str(self.choice)}
-        return of_top | choice | settled | grounds | judged
+        return {
+            **({} if self.top == 1 else {"top_k": self.top, "temperature": self.temperature}),
+            **({} if self.choice is LabelChoice.MENTIONED else {"choice": str(self.choice)}),
+            **({"barred": list(self.barred), "mention": self.mention} if self.barred or self.mention else {}),
+            **({"backgrounds": list(self.backgrounds)} if self.backgrounds else {}),
+            **({} if self.judged is None else {"judged": self.judged}),
+        }
 
     @classmethod
     def of(cls, inputs: KeyInputs) -> "LabelRule":
         """The rule of a pseudo_label product, by its key inputs."""
         top = (int(inputs["top_k"]), float(inputs["temperature"])) if "top_k" in inputs else (1, TEMPERATURE)
         choice = LabelChoice(inputs.get("choice", LabelChoice.MENTIONED))
-        rows = (tuple(inputs.get(name, ())) for name in ("barred", "backgrounds"))
-        return cls(*top, choice, next(rows), inputs.get("mention"), next(rows), inputs.get("judged"))
+        barred, backgrounds = (tuple(inputs.get(name, ())) for name in ("barred", "backgrounds"))
+        return cls(*top, choice, barred, inputs.get("mention"), backgrounds, inputs.get("judged"))
 
 
 ONE_NOUN, LIKELY_NOUN = LabelRule(), LabelRule(choice=LabelChoice.LIKELY)
@@ -363,9 +364,9 @@ class ExtractConfig(FeaturesOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """What another process needs to make the same products: JSON values, absolute paths."""
-        tree = {name: _plain(getattr(self, name)) for name in _MADE_FROM}
         kind = "dense" if isinstance(self.recipe, DenseRecipe) else "crop"
-        tree |= {
+        tree = {
+            **{name: _plain(getattr(self, name)) for name in _MADE_FROM},
             "clip": f"local-dir:{_plain(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip,
             "pretrained": _plain(Path(self.pretrained))
             if self.pretrained and is_file(self.pretrained)
@@ -373,10 +374,13 @@ class ExtractConfig(FeaturesOptions):
             "protocol": _plain(Path(self.protocol)) if is_file(self.protocol) else self.protocol,
             kind: {"side": self.recipe.side} if isinstance(self.recipe, DenseRecipe) else self.recipe.inputs(),
         }
-        later = {name: _plain(getattr(self, name)) for name in _LATER_FILES}
-        later["teacher"] = None if self.teacher == OPEN_CLIP else self.teacher
-        later["matching"] = None if self.captions is None else "lemmas"
-        later |= {"labels": self.labels.inputs() or None, "exif": None if self.exif is Exif.APPLY else str(self.exif)}
+        later = {
+            **{name: _plain(getattr(self, name)) for name in _LATER_FILES},
+            "teacher": None if self.teacher == OPEN_CLIP else self.teacher,
+            "matching": None if self.captions is None else "lemmas",
+            "labels": self.labels.inputs() or None,
+            "exif": None if self.exif is Exif.APPLY else str(self.exif),
+        }
         return tree | {name: value for name, value in later.items() if value is not None}
 
     @classmethod
@@ -384,9 +388,9 @@ class ExtractConfig(FeaturesOptions):
         """The extraction that `to_dict` described, with changes. Sets that do not say how names are found in captions
         are of a version that found them letter by letter: made again, they know plurals.
         """
-        given = {name: value for name, value in tree.items() if name not in ("crop", "dense", "matching")}
-        given |= {name: Path(tree[name]) for name in (*_FILES, *_LATER_FILES) if tree.get(name) is not None}
-        given |= {
+        given = {
+            **{name: value for name, value in tree.items() if name not in ("crop", "dense", "matching")},
+            **{name: Path(tree[name]) for name in (*_FILES, *_LATER_FILES) if tree.get(name) is not None},
             "data": DataPaths(
                 **{name: Path(value) for name, value in tree["data"].items() if value is not None and name != "form"},
                 form=str(tree["data"].get("form", AUTO)),

@@ -211,8 +211,7 @@ def _usable(product: Product) -> np.ndarray:
     for part in product.finished():
         start, stop = product.rows_of(part)
         usable[start:stop] = True
-    failed = list(product.failed())
-    if failed:
+    if failed := list(product.failed()):
         image_id = product.table("image_id")
         per_row = image_id if product.level is Level.IMAGE else np.repeat(image_id, np.diff(product.table("offset")))
         usable[:-1] &= ~np.isin(per_row, failed)
@@ -543,8 +542,7 @@ def do_share(extraction: Extraction, share: Share) -> None:
 
 def new_rows(extraction: Extraction, units: list[Unit]) -> int:
     """Rows that `units` have to compute."""
-    count = 0
-    for plan in extraction.plans.values():
-        todo = set(plan.todo) & {unit.part for unit in units if unit.level is plan.level}
-        count += plan.new_rows_of(todo)
-    return count
+    return sum(
+        plan.new_rows_of(set(plan.todo) & {unit.part for unit in units if unit.level is level})
+        for level, plan in extraction.plans.items()
+    )

@@ -71,8 +71,7 @@ def export_tars(config: ExportConfig) -> TarMeta:
         cache.require(level, {"images": inputs[level]["images"]} if only_images else inputs[level])
     about = {"protocol": protocol.to_dict(), "data": {str(level): value for level, value in inputs.items()}}
     writer = TarWriter(config.out, TarMeta.of(Catalog(config.cache), config.features, config.samples, about))
-    for name in writer.folder.sweep():
-        log(f"deleted {name}, left half-written by a process that is dead")
+    log(*(f"deleted {name}, left half-written by a process that is dead" for name in writer.folder.sweep()))
     todo, failed = writer.unfinished(), cache.failed()
     if len(todo) < writer.meta.shards:
         log(f"{config.out}: there already: {writer.meta.shards - len(todo)} of {writer.meta.shards} shards")
@@ -131,10 +130,12 @@ def _arrays(cache: FeatureCache, image_id: int) -> dict[str, np.ndarray]:
     levels, arrays = cache.levels(), dict[str, np.ndarray]()
     if Level.INSTANCE in levels:
         rows = cache.instances(image_id)
-        for name, (level, array) in MEMBERS.items():
-            of_several = array in TOP_ARRAYS and not rows.top_noun.shape[1]
-            if level in levels and level is not Level.IMAGE and not of_several:
-                arrays[name] = getattr(rows, array)
+        of_one = () if rows.top_noun.shape[1] else TOP_ARRAYS  # a label of one noun has no such rows
+        arrays = {
+            name: getattr(rows, array)
+            for name, (level, array) in MEMBERS.items()
+            if level in levels and level is not Level.IMAGE and array not in of_one
+        }
     if Level.IMAGE in levels:
         arrays["image"] = cache.image_embedding(image_id)
     return arrays
@@ -232,8 +233,7 @@ def _compare(product: Product, meta: TarMeta, part: int | str) -> None:
     """
     found = json.loads(product.folder.read(product.record_name(part)))["objects"]
     exported = meta.products[product.level]["records"][str(part)]["objects"]
-    wrong = [name for name in found if not name.endswith("zarr.json") and found[name] != exported.get(name)]
-    if wrong:
+    if wrong := [name for name in found if not name.endswith("zarr.json") and found[name] != exported.get(name)]:
         raise HdovdError(
             f"{product.folder.url}: {wrong[0]} of {product} is not what was exported: were the shards changed? Delete "
             f"{product.prefix} in the cache, and import shards that hdovd exported"

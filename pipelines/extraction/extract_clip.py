@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import KeyInputs, differences, hash_file
+from hdovd.cache.identity import KeyInputs, hash_file, require_same
 from hdovd.cache.picture_files import known_files
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TAR_META, Level
@@ -88,16 +88,14 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
             cached=partial(cached_precision, catalog, config.features),
         )
         teacher = made
-    for note in teacher.notes:
-        log(note)
+    log(*teacher.notes)
     if classes.embeddings is not None and classes.embeddings.shape[1] != teacher.dim:
         raise HdovdError(
             f"--class-embeddings {config.class_embeddings} holds rows of {classes.embeddings.shape[1]} values, the "
             f"CLIP gives {teacher.dim}: are they of another CLIP?"
         )
     for rows in (classes, *(() if nouns is None else (TextRows(nouns.vocabulary),))):
-        for note in rows.notes(teacher, config.templates):
-            log(note)
+        log(*rows.notes(teacher, config.templates))
     embedders = embedders_of(
         teacher, Pictures(split.images, split.path, table.offset, table.box, split.exif), config.recipe
     )
@@ -168,16 +166,14 @@ def _proposals(config: ExtractConfig, split: Split) -> tuple[dict[int, Proposals
         return {}, {}
     found = read_table(config.proposals, split.annotations)
     identity = found.identity()
-    for line in (
+    log(
         f"proposals {identity} of {config.proposals}: {len(found.image_id):,d} boxes, {found.form}; "
         + made_by_line(found.made_by),
         *found.notes,
-    ):
-        log(line)
+    )
     before = dict(split.skips.by_reason)
     proposals = usable_proposals(found, config.proposals, split.images, split.skips)
-    for line in Skips({reason: ids for reason, ids in split.skips.by_reason.items() if reason not in before}).lines():
-        log(line)
+    log(*Skips({reason: ids for reason, ids in split.skips.by_reason.items() if reason not in before}).lines())
     return proposals, {"file": config.proposals.name, "identity": identity, "made_by": found.made_by}
 
 
@@ -196,15 +192,15 @@ def report_plan(
     extraction: Extraction, costs: dict[Level, Cost] | None, config: ExtractConfig, processes: int
 ) -> ExtractReport:
     """Say the plan as a table, with what it will cost."""
-    log(f"plan for {config.cache}")
-    log(f"  {'level':13s}{'plan':8s}{'rows':>11s}{'new':>11s}{'new bytes':>11s}  key")
+    log(f"plan for {config.cache}", f"  {'level':13s}{'plan':8s}{'rows':>11s}{'new':>11s}{'new bytes':>11s}  key")
     plans = extraction.plans
     for plan in plans.values():
         new = plan.new_rows if plan.parts else (0 if plan.decision == "hit" else plan.rows)
         numbers = f"{plan.rows:11,d}{new:11,d}{size(new * plan.row_bytes):>11s}"
-        log(f"  {plan.level:13s}{plan.decision:8s}{numbers}  {plan.key[:12]}")
-        for reason in filter(None, plan.reason.split("; ")):
-            log(f"  {'':13s}{reason}")
+        log(
+            f"  {plan.level:13s}{plan.decision:8s}{numbers}  {plan.key[:12]}",
+            *(f"  {'':13s}{reason}" for reason in filter(None, plan.reason.split("; "))),
+        )
     report = ExtractReport(
         {level: plan.decision for level, plan in plans.items()},
         {level: plan.rows for level, plan in plans.items()},
@@ -244,8 +240,7 @@ def fill_cache(config: ExtractConfig, teacher: Teacher | None = None) -> Extract
         log("a dry run: nothing was written")
         return report
     catalog = Catalog.create(config.cache)
-    for name in catalog.folder.sweep():
-        log(f"deleted {name}, left half-written by a process that is dead")
+    log(*(f"deleted {name}, left half-written by a process that is dead" for name in catalog.folder.sweep()))
     extraction.begin(catalog)
     since = time.monotonic()
     try:
@@ -316,8 +311,7 @@ def _finish(
         log(f'set {config.features}: the text embedding of "object" was added')
     for level in (Level.IMAGE, Level.INSTANCE):
         report.failed |= extraction.product(level).failed()
-    for image_id, reason in list(report.failed.items())[:20]:
-        log(f"failed: image {image_id}: {reason}")
+    log(*(f"failed: image {image_id}: {reason}" for image_id, reason in list(report.failed.items())[:20]))
     if report.failed:
         log(
             f"{counted(len(report.failed), 'image has', 'images have')} no embeddings, and training goes without: "
@@ -348,8 +342,7 @@ def _weigh_labels(extraction: Extraction, catalog: Catalog, config: ExtractConfi
             log(f"note: {error}; hdovd calibrate tells more")
             return
         catalog.write_set(config.features, replace(features, label_weights=fitted))
-    for line in expectation(cache, fitted):
-        log(line)
+    log(*expectation(cache, fitted))
 
 
 ZARR = ".zarr"
@@ -376,8 +369,7 @@ def extract_to_tars(config: ExtractConfig, teacher: Teacher | None = None) -> Ex
             extraction = prepare(inner, teacher)
         _require_same(config, extraction, meta)
         if not unfinished_shards(folder, range(meta.shards)) and not folder.exists(f"{ZARR}/zarr.json"):
-            for line in said:
-                log(line)
+            log(*said)
             return _hit(config, extraction, meta)
         teacher = extraction.teacher
     if config.dry_run:
@@ -424,11 +416,8 @@ def _require_same(config: ExtractConfig, extraction: Extraction, meta: TarMeta) 
             f"{config.cache} holds the set of features {meta.name}, not {config.features}: give another folder"
         )
     expected = {str(plan.level): plan.inputs for plan in extraction.plans.values()}
-    lines = differences(expected, {str(level): inputs for level, inputs in meta.key_inputs().items()})
-    if lines:
-        raise HdovdError(
-            f"{config.cache} holds tar shards made from something else; give another folder:\n  " + "\n  ".join(lines)
-        )
+    found = {str(level): inputs for level, inputs in meta.key_inputs().items()}
+    require_same(expected, found, f"{config.cache} holds tar shards made from something else; give another folder")
 
 
 def _hit(config: ExtractConfig, extraction: Extraction, meta: TarMeta) -> ExtractReport:

@@ -152,17 +152,17 @@ def forecast(config: ForecastConfig, folder: Path) -> dict[str, Any]:
         size=config.picture,
         pictures=min(images, PICTURES),
     )
-    sizes, rounds = _batch_sizes(_begun(config, clip, "stages"), batch_size), []
+    sizes, rounds = _batch_sizes(_begun(config, clip, folder, "stages"), batch_size), []
     crops, real = sum(sizes), images * of_image
     log(f"every round embeds {crops:,d} crops in {len(sizes)} batches")
     for number in range(config.rounds):
-        extraction = _begun(config, clip, f"round {number}")
+        extraction = _begun(config, clip, folder, f"round {number}")
         bare = _model_only(clip, pixels, len(sizes))
         rounds.append((bare, crops / _seconds(partial(extraction.do, extraction.units()[1]))))
     model_only, end_to_end = (median(values) for values in zip(*rounds, strict=True))
     at_scale = 1 / (1 / model_only + max(0.0, 1 / end_to_end - 1 / model_only) * crops / real)
     cores = torch.get_num_threads()
-    stages = _preparation(_begun(config, clip, "preparation"), workers or cores)
+    stages = _preparation(_begun(config, clip, folder, "preparation"), workers or cores)
     stages["writing"] = _writing(folder, clip.dim)
     rates = {"the model": model_only, "preparation": stages["both: preparation"], "writing": stages["writing"]}
     of_images, of_boxes = config.data_set
@@ -187,10 +187,8 @@ def forecast(config: ForecastConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def _begun(config: ForecastConfig, clip: ClipTeacher, name: str) -> Extraction:
+def _begun(config: ForecastConfig, clip: ClipTeacher, world: Path, name: str) -> Extraction:
     """The extraction of the world into a cache of its own, begun, its texts done."""
-    world = config.folder
-    assert world is not None
     extract = ExtractConfig(
         data=DataPaths(images=world / "images", annotations=world / "annotations.json"),
         cache=world / name,

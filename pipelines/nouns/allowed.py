@@ -117,7 +117,6 @@ FORMAT, VERSION = "hdovd nouns", 1
 
 def write_noun_file(path: Path, nouns: Nouns, made_by: Mapping[str, Any], unmatched: Mapping[str, int]) -> None:
     """The file appears whole or not at all; the same nouns give the same bytes, in whatever order the captions were."""
-    assert nouns.by_image is not None
     head = {
         "format": FORMAT,
         "version": VERSION,
@@ -125,7 +124,7 @@ def write_noun_file(path: Path, nouns: Nouns, made_by: Mapping[str, Any], unmatc
         "vocabulary": nouns.vocabulary,
         "unmatched": unmatched,
     }
-    lines = [f'"{image_id}": {json.dumps(rows)}' for image_id, rows in sorted(nouns.by_image.items())]
+    lines = [f'"{image_id}": {json.dumps(rows)}' for image_id, rows in sorted((nouns.by_image or {}).items())]
     text = (
         json.dumps(head)[:-1] + ',\n"images": {\n' + ",\n".join(lines) + "\n}}\n"
     )  # one image a line: for people, and for diff

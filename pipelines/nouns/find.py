@@ -98,8 +98,7 @@ def find_nouns(job: NounsConfig) -> NounsReport:
         "hdovd": __version__,
     }
     write_noun_file(job.out, report.nouns, made_by, dict(_most(report.unmatched, UNMATCHED_KEPT)))
-    for line in report_lines(job, report, len(protocol.novel)):
-        log(line)
+    log(*report_lines(job, report, len(protocol.novel)))
     return report
 
 
@@ -147,14 +146,12 @@ def _collect(found: Iterable[Found], captions: Captions, vocabulary: tuple[str, 
 
 def _images_with(novel: str, report: NounsReport) -> int:
     """Images that offer a name that is this novel one, in whatever number it stands in the vocabulary."""
-    assert report.nouns.by_image is not None
     rows = {row for row, name in enumerate(report.nouns.vocabulary) if named_novel((name,), (novel,))}
-    return sum(not rows.isdisjoint(own) for own in report.nouns.by_image.values())
+    return sum(not rows.isdisjoint(own) for own in (report.nouns.by_image or {}).values())
 
 
 def report_lines(job: NounsConfig, report: NounsReport, novel: int) -> list[str]:
-    assert report.nouns.by_image is not None
-    images = len(report.nouns.by_image)
+    images = len(report.nouns.by_image or ())
     each = sum(report.images_of.values()) / images
     lines = [
         f"{job.out}: {report.captions:,d} captions of {images:,d} images; {each:.2f} nouns an image, "
@@ -269,7 +266,8 @@ class ParsingFinder:
         ]
         names = [name for m in matches if (name := self._names[m.row]) not in self.stopped]
         if self.vocabulary is not None:
-            return Found(image_id, names, [w for w in unmatched(texts, matches, self._stop) if w in _nouns_of(words)])
+            nouns = {singular(word.text) for word in words if word.noun}
+            return Found(image_id, names, [w for w in unmatched(texts, matches, self._stop) if w in nouns])
         taken = {at for match in matches for at in range(match.start, match.stop)}
         return Found(image_id, names + self._others(words, taken), [])
 
@@ -309,7 +307,3 @@ def _words(token: Token, parsed: bool) -> list[_Word]:
     return [
         _Word(text, noun, token.pos_ == "NOUN", compound, token.tag_ in ("NNS", "")) for text in noun_words(token.text)
     ]
-
-
-def _nouns_of(words: Sequence[_Word]) -> set[str]:
-    return {singular(word.text) for word in words if word.noun}

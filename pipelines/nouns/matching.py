@@ -70,9 +70,7 @@ def _by_rule(word: str) -> str:
         return word
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
-    if word.endswith(("sses", "xes", "zes", "ches", "shes", "oes")):
-        return word[:-2]
-    return word[:-1]
+    return word[:-2] if word.endswith(("sses", "xes", "zes", "ches", "shes", "oes")) else word[:-1]
 
 
 @cache
@@ -110,16 +108,13 @@ class NameMatcher:
     def __init__(self, names: Sequence[str]) -> None:
         self._sizes = [len(noun_words(name)) for name in names]
         self._longest = max(self._sizes, default=0) + 1
-        self._exact: dict[str, int] = {}
-        for row, name in enumerate(names):
-            self._exact.setdefault("".join(noun_words(name)), row)
+        whole = ["".join(noun_words(name)) for name in names]
         keys = ["".join(singular_of(noun_words(name))) for name in names]
+        rows = range(len(names))[::-1]  # from the last: of names that are the same, the first is kept
+        self._exact = {whole[row]: row for row in rows if whole[row]}
         # A name in the singular has its key before one in the plural.
-        self._singular = {key: row for key, row in self._exact.items() if keys[row] == key}
-        for row, key in enumerate(keys):
-            self._singular.setdefault(key, row)
-        for table in (self._exact, self._singular):
-            table.pop("", None)
+        self._singular = {keys[row]: row for row in rows if keys[row]}
+        self._singular |= {key: row for key, row in self._exact.items() if keys[row] == key}
 
     def find(self, words: Sequence[str]) -> list[Match]:
         """All matches, from left to right: at every place the longest name, which takes its words."""

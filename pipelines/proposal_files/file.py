@@ -177,8 +177,7 @@ def _xywh(boxes: np.ndarray) -> list[list[float]]:
     long = boxes.astype(np.float64)
     corner = np.where(unlike, long[:, :2], short[:, :2])
     side = np.where(unlike, long[:, 2:] - long[:, :2], side)
-    rows: list[list[float]] = np.concatenate([corner, side], 1).tolist()
-    return rows
+    return np.concatenate([corner, side], 1).tolist()
 
 
 def convert_proposals(
@@ -191,10 +190,8 @@ def convert_proposals(
     if out.resolve() == source.resolve():
         raise HdovdError(f"--out {out} is the file to read: give another name")
     table = read_table(source, annotations, order)
-    for note in table.notes:
-        log(note)
-    bad = int((~np.isfinite(table.box).all(1) | ~np.isfinite(table.score)).sum())
-    if bad:
+    log(*table.notes)
+    if bad := int((~np.isfinite(table.box).all(1) | ~np.isfinite(table.score)).sum()):
         log(f"{bad:,d} entries hold what is no finite number; they are kept, and extract-clip will skip them")
     count = write_proposals(out, table.by_image(), table.made_by)
     identity = table.identity()

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from hdovd.cache.identity import differences, hash_file
+from hdovd.cache.identity import hash_file, require_same
 from hdovd.config.backbone import AUTO
 from hdovd.config.plugins import outside_code
 from hdovd.config.recipe import Recipe, build_recipe
@@ -268,13 +268,13 @@ def _check_made_by(found: dict[str, Any], wanted: dict[str, Any], file: Path) ->
         }
         for origin in (wanted, found)
     )
-    if lines := differences(asked, made, sides=("asked for", "made with")):
-        raise HdovdError(
-            f"{file} was made otherwise:\n  "
-            + "\n  ".join(lines)
-            + "\nGive another --out, --overwrite to train anew, or "
-            "--checkpoint FILE to propose with a network as it is"
-        )
+    require_same(
+        asked,
+        made,
+        f"{file} was made otherwise",
+        "Give another --out, --overwrite to train anew, or --checkpoint FILE to propose with a network as it is",
+        sides=("asked for", "made with"),
+    )
 
 
 def _train(job: ProposeConfig, file: Path, split: Split, wanted: dict[str, Any], us: Team, stop: StopSignal) -> None:
@@ -292,12 +292,11 @@ def _train(job: ProposeConfig, file: Path, split: Split, wanted: dict[str, Any],
     model = network if us.world == 1 else data_parallel(network)
 
     def losses_of(samples: list[Picture], epoch: int) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = model(
+        return model(
             [s.pixels.to(us.device, non_blocking=True) for s in samples],
             [s.boxes.to(us.device) for s in samples],
             [key_of(config.seed, epoch, s.image_id) for s in samples],
         )
-        return losses
 
     dealing = Dealing(
         PlainShuffle(len(split.images), config.seed), config.batch_size, us.rank, us.world, config.accumulate

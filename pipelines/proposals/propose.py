@@ -139,8 +139,7 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     done = [parts.read(part) for part in parts.numbers()]
     us.wait()
     found = {image_id: proposals for part, _ in done for image_id, proposals in part.items()}
-    for problem in (problem for _, told in done for problem in told["unreadable"]):
-        log(f"skipped: {problem}")
+    log(*(f"skipped: {problem}" for _, told in done for problem in told["unreadable"]))
     if us.leads:
         _write(job, found, origin)
         shutil.rmtree(parts.folder, ignore_errors=True)
@@ -266,7 +265,8 @@ def _rehearsal(
         network = job.checkpoint[0]
         name, _, kind = network.name.removesuffix(".safetensors").rpartition(".")
         file = network.with_name(f"{name}.rehearsal.{kind}.safetensors".lstrip("."))
-        known = [_training(made_by(one)) for one in (network, file) if one.is_file()]
+        origins = [made_by(one) for one in (network, file) if one.is_file()]
+        known = [(one["detector"], one["recipe"], one["annotations"]["sha256"]) for one in origins]
         if len(known) < 2 or known[0] != known[1] or made_by(file)["protocol"]["base"] != taught:
             log(f"what to keep is chosen by classes that the network has learnt: no {file.name} of its lies beside it")
             return None, out
@@ -280,11 +280,6 @@ def _rehearsal(
     )
     own = replace(job, out=job.beside("rehearsal.json"))
     return trained_network(own, job.trained[0], seen, us, stop, taught)[0], out
-
-
-def _training(origin: dict[str, Any]) -> tuple[Any, ...]:
-    """What a rehearsal shares with its network."""
-    return origin["detector"], origin["recipe"], origin["annotations"]["sha256"]
 
 
 def found_parts(

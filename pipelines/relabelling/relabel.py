@@ -160,8 +160,7 @@ def _write(config: RelabelConfig, parts: Parts, before: int, origin: dict[str, A
     for part in parts.numbers():
         boxes, told = parts.read(part)
         found |= boxes
-        for problem in told["unreadable"]:
-            log(f"skipped: {problem}")
+        log(*(f"skipped: {problem}" for problem in told["unreadable"]))
     scores = np.concatenate([np.zeros(0), *(own.scores for own in found.values())])
     if not len(scores):
         raise HdovdError(f"{config.run} finds nothing on the training images besides base boxes")
@@ -229,10 +228,7 @@ def _is_there(config: RelabelConfig, origin: dict[str, Any]) -> bool:
     """Whether the files are those of this round; damaged ones are made again."""
     try:
         made_by = read_table(config.proposals).made_by or {}
-        same = made_by | {"selection": None} == origin | {
-            "selection": None,
-            "verdicts_sha256": hash_file(config.verdicts),
-        }
+        verdicts = {"verdicts_sha256": hash_file(config.verdicts)}
     except (HdovdError, OSError):
         return False
-    return same
+    return made_by | {"selection": None} == origin | {"selection": None} | verdicts

@@ -447,17 +447,15 @@ def _pseudo_cards(
     with_some = [image for image in split.images if image.id not in failed and proposals.get(image.id)]
     if not with_some:
         raise HdovdError("no training image has a proposal in the cache")
-    cards = []
-    for place in np.unique(np.linspace(0, len(with_some) - 1, count).round().astype(int)).tolist():
-        image = with_some[place]
-        cards.append(
-            _card(split, image, f"{key}-{image.id}")
-            | _pseudo_rows(
-                gather_view(cache, image.id, image, names=protocol.names, file=split.path(image), reliability=weight),
-                protocol,
-            )
+    places = np.unique(np.linspace(0, len(with_some) - 1, count).round().astype(int)).tolist()
+    return [
+        _card(split, image, f"{key}-{image.id}")
+        | _pseudo_rows(
+            gather_view(cache, image.id, image, names=protocol.names, file=split.path(image), reliability=weight),
+            protocol,
         )
-    return cards
+        for image in (with_some[place] for place in places)
+    ]
 
 
 def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:

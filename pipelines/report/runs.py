@@ -218,6 +218,4 @@ def _names(targets: list[Any], cache: FeatureCache, protocol: Protocol) -> tuple
 def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     above = np.triu_indices(len(a), k=1)
     x, y = a[above], b[above]
-    if len(x) < 2 or x.std() == 0 or y.std() == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
+    return None if len(x) < 2 or x.std() == 0 or y.std() == 0 else float(np.corrcoef(x, y)[0, 1])

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.hub import local_run
-from hdovd.cache.identity import differences, hash_file, require_seal, sealed
+from hdovd.cache.identity import hash_file, require_same, require_seal, sealed
 from hdovd.config.plugins import outside_code
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core.errors import HdovdError, require_readable, shorten
@@ -156,12 +156,13 @@ class RunFolder:
             "cache": _levels(before),
             "oracle": before.get("oracle", False),
         }
-        if lines := differences(wanted, began, sides=("asked for", "began with")):
-            raise HdovdError(
-                f"{self.path} began otherwise:\n  "
-                + "\n  ".join(lines)
-                + "\nGo on with what it began with, or give another --out"
-            )
+        require_same(
+            wanted,
+            began,
+            f"{self.path} began otherwise",
+            "Go on with what it began with, or give another --out",
+            sides=("asked for", "began with"),
+        )
 
     def go_on(self, log_bytes: int, now: dict[str, Any]) -> None:
         """The log is cut back to `log_bytes`; detections of weights on the way go."""

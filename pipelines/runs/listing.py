@@ -302,8 +302,7 @@ def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
     protocols = sorted({str(run.protocol["name"]) for run in runs if "name" in run.protocol})
     if len(protocols) > 1:
         lines.append(f"note: AP of several protocols, which do not compare: {', '.join(protocols)}")
-    lines += [f"{_name(run, root)}: {reason}" for run in runs for reason in run.wrong]
-    return lines
+    return lines + [f"{_name(run, root)}: {reason}" for run in runs for reason in run.wrong]
 
 
 def run_values(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -357,12 +356,11 @@ def difference_lines(a: Path, b: Path) -> list[str]:
     head = f"{metric_of([first, second])}, percent"
     lines += ["", *(_ap_lines(head, groups) if groups else ["AP: none of the two is evaluated"])]
     novel = first.protocol.get("novel", ())
-    classes = [
+    if classes := [
         (name + (" (novel)" if name in novel else ""), x, y)
         for name, x in first.per_class.items()
         if x is not None and (y := second.per_class.get(name)) is not None and x != y
-    ]
-    if classes:
+    ]:
         classes.sort(key=lambda entry: (-abs(entry[2] - entry[1]), entry[0]))
         most = f"{MOST_CLASSES} of {len(classes)} " if len(classes) > MOST_CLASSES else ""
         lines += ["", *_ap_lines(f"{most}classes that differ", classes[:MOST_CLASSES])]

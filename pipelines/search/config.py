@@ -129,9 +129,15 @@ class SearchConfig(ClipOptions, CacheSource):
     @property
     def question(self) -> str:
         """In a line."""
-        parts = [*self.queries, *self.image, *(f"like {text}" for text in self.like)]
-        parts += [*(f"not {text}" for text in self.not_), *map(str, filter(None, [self.embeddings]))]
-        parts += ["suspicious labels"] * self.suspicious + [f"untypical {self.untypical}"] * bool(self.untypical)
+        parts = [
+            *self.queries,
+            *self.image,
+            *(f"like {text}" for text in self.like),
+            *(f"not {text}" for text in self.not_),
+            *map(str, filter(None, [self.embeddings])),
+            *["suspicious labels"] * self.suspicious,
+            *[f"untypical {self.untypical}"] * bool(self.untypical),
+        ]
         return ", ".join(parts) or f"near-duplicate {self.duplicates}"
 
     @property

@@ -17,7 +17,6 @@ from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.cache.schema import INDEX, Level
-from hdovd.cache.store import open_folder
 from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
@@ -42,10 +41,6 @@ def _faiss() -> Any:
         raise HdovdError(f'an index needs faiss: pip install "hdovd[index]" ({error})') from error
 
 
-def _instance(cache: FeatureCache) -> Product:
-    return Product(open_folder(cache.url), Level.INSTANCE, cache.key(Level.INSTANCE))
-
-
 def index_part(product: Product) -> tuple[str, KeyInputs]:
     """What an index of the product is recorded under, and what it is made from: the checksums of all rows too, which
     may be made again under one key.
@@ -60,7 +55,7 @@ class RowIndex:
 
     def __init__(self, cache: FeatureCache, *words: str) -> None:
         """`words`: more of the command that makes it. Raises HdovdError if the set has none, or it is damaged."""
-        faiss, product = _faiss(), _instance(cache)
+        faiss, product = _faiss(), cache.product(Level.INSTANCE)
         part, _ = index_part(product)
         name = f"{product.prefix}/{part}"
         if not product.is_finished(part):
@@ -92,7 +87,7 @@ def index_rows(config: CacheSet) -> None:
     """Build the index of a set unless it is there, and say how well it finds, and how fast. Raises HdovdError."""
     config.check()
     cache = FeatureCache(config.cache, config.features)
-    product = _instance(cache)
+    product = cache.product(Level.INSTANCE)
     part, inputs = index_part(product)
     with product.folder.claim(f"{product.prefix}/{part}", wait=True):
         if not product.is_finished(part):

@@ -41,11 +41,14 @@ def query_of(
         parts += [(1.0, row) for row in normalised_rows(np.atleast_2d(read_rows(config.embeddings)))]
     if config.queries or config.not_ or config.image:
         clip = (clip_of or partial(load_set_clip, config, cache))()
-        parts += [(weight, _embed_text(clip, cache, text)) for text, weight in map(weighted, config.queries)]
-        parts += [(-weight, _embed_text(clip, cache, text)) for text, weight in map(weighted, config.not_)]
-        for name, weight in map(weighted, config.image):
-            data = (pictures or {}).get(name)
-            parts.append((weight, _embed_picture(clip, cache, Path(name), data, config.box)))
+        parts += [
+            *((weight, _embed_text(clip, cache, text)) for text, weight in map(weighted, config.queries)),
+            *((-weight, _embed_text(clip, cache, text)) for text, weight in map(weighted, config.not_)),
+            *(
+                (weight, _embed_picture(clip, cache, Path(name), (pictures or {}).get(name), config.box))
+                for name, weight in map(weighted, config.image)
+            ),
+        ]
     if other := [row.shape for _, row in parts if row.shape != (cache.dim,)]:
         raise HdovdError(
             f"a part of the query has shape {other[0]}, the set's embeddings have {cache.dim} values: the rows of "

@@ -6,8 +6,7 @@ n rows of a block, K base classes.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cache as once
-from functools import partial
+from functools import cache as once, partial
 
 import numpy as np
 from PIL import Image

@@ -73,8 +73,10 @@ class Site:
             routes.append(Route("/detect", partial(self.answered, Finding(config).answer), methods=["POST"]))
         if config.cache is not None:
             searching = Searching(config)
-            routes.append(Route("/search", partial(self.answered, searching.answer), methods=["POST"]))
-            routes.append(Route("/picture/{image_id:int}", partial(self.pictured, searching.picture)))
+            routes += [
+                Route("/search", partial(self.answered, searching.answer), methods=["POST"]),
+                Route("/picture/{image_id:int}", partial(self.pictured, searching.picture)),
+            ]
         self.app = Starlette(
             routes=routes,
             middleware=[Middleware(BaseHTTPMiddleware, dispatch=self.guarded)],

@@ -13,7 +13,7 @@ box, D embedding size.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,24 +99,10 @@ def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:
     return boxes * boxes.new_tensor([side / width, side / height] * 2)
 
 
-class _Tower(Protocol):
-    """The two halves of a visual tower. `cell`: input pixels a side of a cell of the map. `samples`: a side of a bin;
-    -1: one a cell.
+def _tower(visual: nn.Module, side: int) -> "_ResNet | _OpenClipVit | _TimmVit":
+    """The two halves of a visual tower: `map` (b, 3, S, S) -> (b, C, h, w), `pool` (n, C, k, k) -> (n, D). `cell`:
+    input pixels a side of a cell of the map. `samples`: a side of a bin; -1: one a cell.
     """
-
-    bins: int
-    cell: int
-    samples: int
-    identity: dict[str, Any]
-
-    def map(self, pixels: Tensor) -> Tensor:
-        """(b, 3, S, S) -> (b, C, h, w)."""
-
-    def pool(self, bins: Tensor) -> Tensor:
-        """(n, C, k, k) -> (n, D)."""
-
-
-def _tower(visual: nn.Module, side: int) -> _Tower:
     if isinstance(visual, ModifiedResNet):
         return _ResNet(visual, side)
     if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type in ("tok", "avg"):
@@ -155,12 +141,10 @@ class _ResNet:
 
     def map(self, pixels: Tensor) -> Tensor:
         v = self._visual
-        features: Tensor = v.layer3(v.layer2(v.layer1(v.stem(pixels))))
-        return features
+        return v.layer3(v.layer2(v.layer1(v.stem(pixels))))
 
     def pool(self, bins: Tensor) -> Tensor:
-        pooled: Tensor = self._visual.attnpool(self._visual.layer4(bins))
-        return pooled
+        return self._visual.attnpool(self._visual.layer4(bins))
 
 
 class _OpenClipVit:
@@ -191,13 +175,11 @@ class _OpenClipVit:
         maps = self._visual.forward_intermediates(
             pixels, indices=1, intermediates_only=True, normalize_intermediates=not self._norm_last
         )
-        last: Tensor = maps["image_intermediates"][0]
-        return last
+        return maps["image_intermediates"][0]
 
     def pool(self, bins: Tensor) -> Tensor:
         mean = bins.flatten(1)
-        rows: Tensor = (self._visual.ln_post(mean) if self._norm_last else mean) @ self._visual.proj
-        return rows
+        return (self._visual.ln_post(mean) if self._norm_last else mean) @ self._visual.proj
 
 
 class _TimmVit:
@@ -226,16 +208,12 @@ class _TimmVit:
         )
 
     def map(self, pixels: Tensor) -> Tensor:
-        last: Tensor = self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[
-            0
-        ]
-        return last
+        return self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[0]
 
     def pool(self, bins: Tensor) -> Tensor:
         trunk, tokens = self._visual.trunk, bins.flatten(2).transpose(1, 2)
         pooled = tokens.mean(dim=1) if trunk.attn_pool is None else trunk.attn_pool(tokens)
-        rows: Tensor = self._visual.head(trunk.head(trunk.fc_norm(pooled)))
-        return rows
+        return self._visual.head(trunk.head(trunk.fc_norm(pooled)))
 
 
 class _OwnValue(nn.Module):

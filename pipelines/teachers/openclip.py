@@ -20,7 +20,6 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, Transformer
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -129,12 +128,6 @@ class ClipTeacher:
         with self.autocast():
             return _normalised(self.model.encode_image(pixels.to(self.device)))
 
-    def reference_transform(self) -> Callable[[Image.Image], Tensor]:
-        """open_clip's own transform, PIL image -> (3, *input_size) float32: what `transform` has to equal."""
-        config = open_clip.transform.PreprocessCfg(**self.model.visual.preprocess_cfg)
-        transform: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(config, is_train=False)
-        return transform
-
     @torch.inference_mode()
     def embed_names(self, names: Sequence[Name], templates: Sequence[str]) -> np.ndarray:
         """Names -> (n, D) float32: mean over a row's prompts of normalised embeddings, normalised again (METHOD section
@@ -234,10 +227,10 @@ def load_clip(
         "activation": str(Activation.QUICK_GELU if quick_gelu else Activation.GELU),
     }
     own = cached(identity)
-    choice = choose(precision, target, training=False, own=own, whose="the cache's")
-    identity["compute_dtype"] = str(choice.precision.dtype).removeprefix("torch.")
-    notes += [choice.line] if choice.line else []
-    if own not in (None, choice.precision):
+    chosen, line = choose(precision, target, training=False, own=own, whose="the cache's")
+    identity["compute_dtype"] = str(chosen.dtype).removeprefix("torch.")
+    notes += [line] if line else []
+    if own not in (None, chosen):
         notes.append(
             f"note: --precision {precision}: the cache's embeddings of this CLIP are {own}, of which none serves: all "
             f"are made anew. --precision auto extends them"
@@ -249,17 +242,9 @@ def load_clip(
         notes.append(f"image encoder: timm's {trunk}, with its own activations")
     with torch.inference_mode():  # asked of the model itself: no attribute for it is common to all families
         dim = int(net.encode_image(torch.zeros(1, 3, *transform.size, device=target)).shape[1])
-    _round_weights(net.visual, choice.precision.dtype)
+    _round_weights(net.visual, chosen.dtype)
     return ClipTeacher(
-        net,
-        transform,
-        tokenizer,
-        target,
-        choice.precision,
-        dim,
-        identity,
-        tuple(notes),
-        _made_with(model, pretrained, target),
+        net, transform, tokenizer, target, chosen, dim, identity, tuple(notes), _made_with(model, pretrained, target)
     )
 
 
@@ -377,8 +362,7 @@ def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
 
 
 def _one_token(texts: Sequence[str], length: int, context_length: int | None = None) -> Tensor:
-    length = context_length or length
-    return torch.ones(len(texts), length, dtype=torch.long)
+    return torch.ones(len(texts), context_length or length, dtype=torch.long)
 
 
 def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str, Any] | None, str]:
@@ -416,8 +400,7 @@ def _activation(
         return wanted is Activation.QUICK_GELU, [f"activation: {wanted}, as asked"]
     if ":" in model or pretrained is None:
         return configured, [f"activation: {kind}, from the model's own config"]
-    tag = open_clip.get_pretrained_cfg(model, pretrained)
-    if tag:
+    if tag := open_clip.get_pretrained_cfg(model, pretrained):
         trained = bool(tag.get("quick_gelu", configured))
         return trained, [f"activation: {'quickgelu' if trained else 'gelu'}, as tag {pretrained} was trained"]
     if _is_torchscript(pretrained) or _is_openai_file(Path(pretrained)):

@@ -28,7 +28,8 @@ class Preprocessing:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Preprocessing":
         """From `visual.preprocess_cfg` of an open_clip model."""
-        size, mean, std = (_tuple(config[name]) for name in ("size", "mean", "std"))
+        given = [config[name] for name in ("size", "mean", "std")]
+        size, mean, std = (tuple(value) if isinstance(value, tuple | list) else (value,) for value in given)
         return cls(
             (size[0], size[-1]),
             mean * (3 // len(mean)),
@@ -96,7 +97,3 @@ class Preprocessing:
             height, width = picture.shape[-2:]
         top, left = round((height - rows) / 2), round((width - columns) / 2)
         return picture[..., top : top + rows, left : left + columns]
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)

@@ -73,10 +73,5 @@ def prompts(names: Sequence[Name], templates: Sequence[str]) -> Iterator[tuple[i
     templates."""
     for row, name in enumerate(names):
         for one in (name,) if isinstance(name, str) else name:
-            for template in templates:
-                yield row, template.replace(ARTICLE, _article(one)).replace("{}", one)
-
-
-def _article(name: str) -> str:
-    """By the first letter alone, as ViLD does: "an hour" is beyond it."""
-    return "an" if name.lower().startswith(tuple("aeiou")) else "a"
+            article = "an" if one.lower().startswith(tuple("aeiou")) else "a"  # by the first letter alone, as ViLD does
+            yield from ((row, template.replace(ARTICLE, article).replace("{}", one)) for template in templates)

@@ -57,8 +57,8 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor) -
             f"not used of {init}: {len(unused)} tensors, of parts that this recipe does without "
             f"({shorten([*unused], 4)})"
         )
-    for note in (*_detector_lines(model.recipe, source.recipe, str(init)), *_class_notes(run, init, protocol, texts)):
-        log(f"note: {note}")
+    notes = (*_detector_lines(model.recipe, source.recipe, str(init)), *_class_notes(run, init, protocol, texts))
+    log(*(f"note: {note}" for note in notes))
     return {
         "run": str(run.path.resolve()),
         "weights": Weights.LAST.file,

@@ -214,7 +214,7 @@ class Loop(Generic[Sample]):
         self.step_number, self.total = 0, config.epochs * len(batches)
         self.window = LossWindow(what)
         self._clock = _Clock()
-        self._bf16 = choose(config.precision, device, training=True).precision is Precision.BF16
+        self._bf16 = choose(config.precision, device, training=True)[0] is Precision.BF16
 
     @property
     def result(self) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset, get_worker_info
 
-from hdovd.cache.identity import differences
+from hdovd.cache.identity import require_same
 from hdovd.cache.reader import FeatureCache, InstanceRows, no_labels, require_together, require_unit
 from hdovd.cache.schema import DEFAULT_SET, Level, Source
 from hdovd.cache.tar_shards import TarSample, TarShards
@@ -181,8 +181,7 @@ class TarTrainingSet(Dataset[Sample]):
         if features not in (DEFAULT_SET, meta.name):
             raise HdovdError(f"{self.url} holds the set of features {meta.name}, not {features}: export that one")
         needed = [Level.CLASS] + [Level.IMAGE] * loss.image.enabled + [Level.INSTANCE] * loss.uses_pseudo_boxes
-        missing = [str(level) for level in needed if level not in inputs]
-        if missing:
+        if missing := [str(level) for level in needed if level not in inputs]:
             raise HdovdError(f"{self.url} has no {' and no '.join(missing)} level; it has {', '.join(inputs)}")
         if loss.uses_cache:
             require_together(self.url, inputs)
@@ -196,11 +195,12 @@ class TarTrainingSet(Dataset[Sample]):
             raise HdovdError(
                 f"{self.url} does not say what it was exported from ({error!r}): export the cache again"
             ) from error
-        if loss.uses_pseudo_boxes and (lines := differences(wanted, inputs[Level.BOXES]["base_boxes"])):
-            raise HdovdError(
-                f"{self.url} has no embeddings of the base boxes:\n  "
-                + "\n  ".join(lines)
-                + "\nTrain with --set loss.instance.enabled=false --set loss.class.enabled=false, or extract them"
+        if loss.uses_pseudo_boxes:
+            require_same(
+                wanted,
+                inputs[Level.BOXES]["base_boxes"],
+                f"{self.url} has no embeddings of the base boxes",
+                "Train with --set loss.instance.enabled=false --set loss.class.enabled=false, or extract them",
             )
         if not same:
             differ = sorted(set(theirs["base"]) ^ set(protocol.base))
@@ -230,13 +230,11 @@ class TarTrainingSet(Dataset[Sample]):
     def class_embeddings(self, names: Sequence[str]) -> np.ndarray:
         """(len(names), D) float32 text embeddings. Raises HdovdError for a name that the shards lack."""
         have = {name: row for row, name in enumerate(self._meta.attributes(Level.CLASS)["names"])}
-        missing = [name for name in names if name not in have]
-        if missing:
+        if missing := [name for name in names if name not in have]:
             raise HdovdError(
                 f"{self.url} has no text embedding of {missing[:8]}: extract and export with the same --protocol"
             )
-        rows: np.ndarray = self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]]
-        return rows
+        return self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]]
 
     def object_text(self) -> Tensor | None:
         """(D,) the text embedding of "object", None if there is none. Raises HdovdError for one that is damaged."""
@@ -263,8 +261,7 @@ class TarTrainingSet(Dataset[Sample]):
 
     def image_ids(self) -> np.ndarray:
         """(n,) int64, by index."""
-        ids: np.ndarray = self._meta.tensors["image_id"][self._places].astype(np.int64)
-        return ids
+        return self._meta.tensors["image_id"][self._places].astype(np.int64)
 
     def order(self, streams: Streams) -> EpochOrder:
         """How an epoch goes over the images."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_dense import DenseBench, Way, bench_dense
+from online_clip import reference_transform
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import load_split
@@ -51,7 +52,7 @@ def test_figures_are_those_of_the_boxes_one_by_one(
     dense, transform, reference = (
         DenseClip(teacher.model.visual, 64),
         teacher.transform.squashed(64),
-        teacher.reference_transform(),
+        reference_transform(teacher),
     )
     right, dense_right, cosines = [], [], []
     split = load_split(world / "annotations" / "instances_val2017.json", world / "val2017", protocol, base_only=False)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.cache import store
-from hdovd.cache import store as locks
+from hdovd.cache import store, store as locks
 from hdovd.cache.store import CLAIMS, LocalFolder
 
 DEAD = 2**22 + 1  # no process has this number: it is over the system's limit

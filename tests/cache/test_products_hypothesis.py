@@ -10,8 +10,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from store_contract import begin, contents, failing, ragged, write_parts
 from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 

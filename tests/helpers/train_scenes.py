@@ -18,9 +18,7 @@ import torch
 from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import Stopped
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.training import hooks as run_hooks
-from hdovd.pipelines.training import loop as fit
-from hdovd.pipelines.training import train
+from hdovd.pipelines.training import hooks as run_hooks, loop as fit, train
 from hdovd.pipelines.training.loop import Loop
 
 

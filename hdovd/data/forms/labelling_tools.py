@@ -101,8 +101,12 @@ def _read_all(
             f"{root}: {len(lost)} of {len(lost) + len(found)} pictures of {split} are not there ({shorten(lost)}): put "
             f"them into {root / 'images'}, by these names or the last parts of them"
         )
-    for note, names in sorted(notes.items()):
-        log(f"note: {root} ({split}): {len(names):,d} {note} ({shorten(list(dict.fromkeys(names)))})")
+    log(
+        *(
+            f"note: {root} ({split}): {len(names):,d} {note} ({shorten(list(dict.fromkeys(names)))})"
+            for note, names in sorted(notes.items())
+        )
+    )
     number_of = {kind: number for number, kind in enumerate(sorted(classes))}
     return list(number_of), [
         (place, *(one.size or upright_size(root / place)), [(number_of[kind], *box, False) for kind, *box in one.boxes])  # type: ignore[union-attr]

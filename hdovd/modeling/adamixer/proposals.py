@@ -139,8 +139,7 @@ class QueryProposals(nn.Module):
         size.
         """
         points = to_xyzr(boxes)[..., None, None, :3]
-        content: Tensor = self.content_norm(table.sample(points, 1)[..., 0, 0, :])
-        return content
+        return self.content_norm(table.sample(points, 1)[..., 0, 0, :])
 
 
 def by_rank(probability: Tensor, distinct: Tensor) -> Tensor:
@@ -166,8 +165,7 @@ def _branch(channels: int, out: int) -> nn.Sequential:
     first, second = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, out, 1)
     for conv in (first, second):
         nn.init.xavier_uniform_(conv.weight)
-        assert conv.bias is not None
-        nn.init.zeros_(conv.bias)
+        nn.init.zeros_(conv.get_parameter("bias"))
     return nn.Sequential(first, nn.ReLU(inplace=True), second)
 
 

@@ -54,10 +54,7 @@ class ForeignPyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(channels, out_channels, LastLevelMaxPool())
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        maps: dict[str, Tensor] = self.fpn(
-            {str(level): maps for level, maps in zip(self.levels, self.body(pixels), strict=True)}
-        )
-        return maps
+        return self.fpn({str(level): maps for level, maps in zip(self.levels, self.body(pixels), strict=True)})
 
 
 def build_backbone(config: BackboneConfig, initialise: bool = True) -> BackboneWithFPN | ForeignPyramid:
@@ -106,8 +103,7 @@ def with_synced_norms(model: nn.Module) -> nn.Module:
         from timm.layers import convert_sync_batchnorm as convert  # type: ignore[attr-defined]  # torch's own would drop them
     else:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm
-    synced: nn.Module = convert(model)
-    return synced
+    return convert(model)
 
 
 def _foreign(config: BackboneConfig, initialise: bool) -> ForeignPyramid:

@@ -20,6 +20,7 @@ from hdovd.modeling.base import Detector
 from hdovd.modeling.batching import SIZE_DIVISOR
 from hdovd.modeling.boxes import best_places, combine_scores
 from hdovd.modeling.faster_rcnn.model import CODER, FasterRCNN, roi_scores
+from hdovd.modeling.queries.detector import QueryDetector
 from hdovd.modeling.queries.scores import query_scores, with_objectness
 from hdovd.modeling.rpn import ExactAnchors
 
@@ -210,33 +211,41 @@ def clip(boxes: Tensor, limit: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
-def at_most(rows: Tensor, most: int) -> Tensor:
-    """The lesser of the length of rows and `most`, as a trace keeps it."""
-    return torch._shape_as_tensor(rows)[0].clamp(max=most)
-
-
-class ExportableAdaMixer(ExportableDetector):
-    """`AdaMixer.predict` of one picture."""
+class ExportableQueries(ExportableDetector):
+    """What detectors of queries have in common: their last stage's features and scores."""
 
     backgrounds: Tensor
     object_text: Tensor
 
-    def __init__(self, model: AdaMixer) -> None:
+    def __init__(self, model: QueryDetector) -> None:
         super().__init__(model)
-        self.config, self.strides, self.has_second = model.config, model.strides, model.recipe.loss.uses_pseudo_boxes
-        self.backbone, self.norms, self.proposals, self.stages = (
-            model.backbone,
-            model.norms,
-            model.proposals,
-            model.stages,
-        )
-        self.last, self.adapters = model.stage(-1), model.adapters
+        self.backbone, self.last, self.adapters = model.backbone, model.stage(-1), model.adapters
+        self.logit_scale, self.has_second = model.config.decoder.logit_scale, model.recipe.loss.uses_pseudo_boxes
         self.register_buffer("backgrounds", model.backgrounds(model.background).detach(), persistent=False)
         self.register_buffer("object_text", model.object_text, persistent=False)
 
-    def rois(self, image: Tensor) -> Found:
+    def found(self, content: Tensor, boxes: Tensor, objectness: Tensor | None = None) -> Found:
         """The last stage's queries: the class feature in text space, as the classifier and as the distillation move
-        it."""
+        it.
+        """
+        c = self.last.describe(content)
+        distilled = self.adapters.distilled(c) if self.has_second else None
+        return Found(boxes, self.adapters.classified(c), distilled, objectness)
+
+    def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
+        scales = self.logit_scale, self.recipe.inference.distillation_scale
+        return query_scores(c, d, texts, self.backgrounds, *scales)
+
+
+class ExportableAdaMixer(ExportableQueries):
+    """`AdaMixer.predict` of one picture."""
+
+    def __init__(self, model: AdaMixer) -> None:
+        super().__init__(model)
+        self.config, self.strides = model.config, model.strides
+        self.norms, self.proposals, self.stages = model.norms, model.proposals, model.stages
+
+    def rois(self, image: Tensor) -> Found:
         pixels, _, factor = self.prepare(image)
         maps = [norm(m) for norm, m in zip(self.norms, self.backbone(pixels[None]).values(), strict=True)]
         trunk = self.proposals.trunk(maps[1:])
@@ -245,13 +254,7 @@ class ExportableAdaMixer(ExportableDetector):
         content, xyzr = self.proposals.content(table, start), to_xyzr(start)
         for stage in self.stages:
             content, xyzr, _ = stage(table, content, xyzr)
-        c = self.last.describe(content[0])
-        boxes = to_corners(xyzr[0]) / torch.cat([factor.flip(0), factor.flip(0)]).to(xyzr)
-        return Found(boxes, self.adapters.classified(c), self.adapters.distilled(c) if self.has_second else None)
-
-    def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
-        scales = self.config.decoder.logit_scale, self.recipe.inference.distillation_scale
-        return query_scores(c, d, texts, self.backgrounds, *scales)
+        return self.found(content[0], to_corners(xyzr[0]) / torch.cat([factor.flip(0), factor.flip(0)]).to(xyzr))
 
     def _start(self, dense: DensePredictions, maps: list[Tensor]) -> Tensor:
         """`QueryProposals.candidates` and `choose` of one picture: (R, 4) xyxy."""
@@ -317,7 +320,8 @@ class ExportableFasterRCNN(ExportableDetector):
         for level, (logits, deltas) in enumerate(zip(*rpn.head(list(features.values())), strict=True)):
             anchors = self._anchors(level, logits, shape)
             logits = logits[0].permute(1, 2, 0).flatten()
-            best = logits.topk(at_most(logits, rpn.pre_nms_top_n())).indices
+            most = torch._shape_as_tensor(logits)[0].clamp(max=rpn.pre_nms_top_n())  # as a trace keeps it
+            best = logits.topk(most).indices
             deltas = deltas[0].unflatten(0, (-1, 4)).permute(2, 3, 0, 1).reshape(-1, 4)
             level_boxes = clip(rpn.box_coder.decode_single(deltas[best], anchors[best]), limit)
             keep = ((level_boxes[:, 2:] - level_boxes[:, :2]).amin(dim=1) >= _SMALLEST).nonzero().flatten()

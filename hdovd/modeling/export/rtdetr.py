@@ -4,29 +4,17 @@ import torch
 from torch import Tensor
 
 from hdovd.modeling.boxes import best_places
-from hdovd.modeling.export.detectors import ExportableDetector, Found
-from hdovd.modeling.queries.scores import query_scores
+from hdovd.modeling.export.detectors import ExportableQueries, Found
 from hdovd.modeling.rtdetr.model import RTDETR
 
 
-class ExportableRTDETR(ExportableDetector):
+class ExportableRTDETR(ExportableQueries):
     """`RTDETR.predict` of one picture, or of N of one size. After the network there is a top-k and nothing else."""
-
-    backgrounds: Tensor
-    object_text: Tensor
 
     def __init__(self, model: RTDETR) -> None:
         super().__init__(model)
         self.batches = model.recipe.inference.nms >= 1
-        self.config, self.has_second = model.config, model.recipe.loss.uses_pseudo_boxes
-        self.backbone, self.network, self.adapters, self.last = (
-            model.backbone,
-            model.network,
-            model.adapters,
-            model.stage(-1),
-        )
-        self.register_buffer("backgrounds", model.backgrounds(model.background).detach(), persistent=False)
-        self.register_buffer("object_text", model.object_text, persistent=False)
+        self.network = model.network
 
     def forward(self, image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Detect. Of pictures (N, 3, h, w): boxes (N, n, 4), scores and labels (N, n), as many of each; a score that is
@@ -50,11 +38,5 @@ class ExportableRTDETR(ExportableDetector):
         maps = list(self.backbone(pixels).values())
         found = self.network(maps, size.to(pixels).expand(pixels.shape[0], -1), whole, self.object_text)
         content = found.contents[-1].flatten(0, 1)
-        c = self.last.describe(content)
         boxes = found.boxes[-1].flatten(0, 1) / torch.cat([factor.flip(0), factor.flip(0)]).to(pixels)
-        distilled = self.adapters.distilled(c) if self.has_second else None
-        return Found(boxes, self.adapters.classified(c), distilled, self.last.object_logits(content).sigmoid())
-
-    def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
-        scales = self.config.decoder.logit_scale, self.recipe.inference.distillation_scale
-        return query_scores(c, d, texts, self.backgrounds, *scales)
+        return self.found(content, boxes, self.last.object_logits(content).sigmoid())

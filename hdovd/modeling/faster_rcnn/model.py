@@ -97,9 +97,12 @@ class FasterRCNN(Detector):
         Raises HdovdError for keys that do not fit.
         """
         view, rpn_losses = self._view(images, targets, texts, keys)
-        losses = {"rpn_objectness": rpn_losses["loss_objectness"], "rpn_box": rpn_losses["loss_rpn_box_reg"]}
-        losses |= self.class_level(view, self.backgrounds(self.background[None]))
-        losses["box"] = _box_loss(view)
+        losses = {
+            "rpn_objectness": rpn_losses["loss_objectness"],
+            "rpn_box": rpn_losses["loss_rpn_box_reg"],
+            **self.class_level(view, self.backgrounds(self.background[None])),
+            "box": _box_loss(view),
+        }
         for level in (self.instance_level, self.image_level, self.extra):
             if level is not None:
                 losses |= level(view)

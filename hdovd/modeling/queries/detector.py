@@ -6,6 +6,7 @@ each, S stages, X prompts, C channels, D embedding size, K classes, G boxes of t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -54,13 +55,11 @@ class QueryStage(nn.Module):
 
     def describe(self, content: Tensor) -> Tensor:
         """The class feature c (..., D) float32 of contents (..., C): in the space of CLIP's image embeddings."""
-        c: Tensor = self.class_feature(content).float()
-        return c
+        return self.class_feature(content).float()
 
     def object_logits(self, content: Tensor) -> Tensor:
         """Logits (...) float32 of there being an object."""
-        logits: Tensor = self.objectness(content)[..., 0].float()
-        return logits
+        return self.objectness(content)[..., 0].float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +124,7 @@ class QueryDetector(Detector):
         self.distils = True
 
     @staticmethod
-    def _see_object_text(module: nn.Module, _: object) -> None:
-        assert isinstance(module, QueryDetector)
+    def _see_object_text(module: "QueryDetector", _: object) -> None:
         module.knows_objects = bool(module.object_text.any())
 
     def set_object_text(self, row: Tensor) -> None:
@@ -164,9 +162,7 @@ class QueryDetector(Detector):
         return None
 
     def stage(self, number: int) -> QueryStage:
-        stage = self.stages[number]
-        assert isinstance(stage, QueryStage)
-        return stage
+        return cast(QueryStage, self.stages[number])
 
     def read(self, contents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Class features (S, N, Q, D) and logits of objectness (S, N, Q) of the contents (N, Q, C) after each stage."""
@@ -224,7 +220,7 @@ class QueryDetector(Detector):
         Raises HdovdError for keys that do not fit.
         """
         if not self.knows_objects:
-            self.set_object_text(mean_text(texts))
+            self.set_object_text(F.normalize(F.normalize(texts.float(), dim=1).mean(dim=0), dim=0))
             log(
                 f'{self.config.name}: no text embedding of "object" was given; the mean of the base classes\' texts '
                 "stands in for it"
@@ -235,12 +231,9 @@ class QueryDetector(Detector):
         c, logits = self.read(look.contents)
         pairs, paired = self._pair(look, logits, boxes)
         classified = self.adapters.classified(c)
-        losses = self.own_losses(look, step, paired)
-        losses |= self._stage_losses(look, logits, classified, pairs, step)
+        losses = self.own_losses(look, step, paired) | self._stage_losses(look, logits, classified, pairs, step)
         view = _view(look, batch, boxes, pairs, texts, c if self.instance_level is not None else None, classified)
-        losses |= self._distillation(view, c, pairs, boxes)
-        losses.update(self.extra(view))
-        return losses
+        return losses | self._distillation(view, c, pairs, boxes) | self.extra(view)
 
     @torch.inference_mode()
     def students(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None = None) -> Students:
@@ -343,11 +336,6 @@ class QueryDetector(Detector):
         if self.image_level is not None:
             losses.update(self.image_level(view))
         return losses
-
-
-def mean_text(texts: Tensor) -> Tensor:
-    """What stands in for the text of "object": the mean direction (D,) of class texts (K, D)."""
-    return F.normalize(F.normalize(texts.float(), dim=1).mean(dim=0), dim=0)
 
 
 def _view(

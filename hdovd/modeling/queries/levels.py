@@ -79,9 +79,8 @@ class TextLevel(nn.Module):
         self.register_load_state_dict_pre_hook(TextLevel._resize)
 
     @staticmethod
-    def _resize(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+    def _resize(module: "TextLevel", state: dict[str, Any], prefix: str, *rest: object) -> None:
         """A checkpoint's number of classes is taken over."""
-        assert isinstance(module, TextLevel)
         saved = state.get(prefix + "centroids")
         if (
             saved is not None

@@ -276,8 +276,7 @@ class Pairs:
 
     def paired_queries(self, stage: int) -> Tensor:
         """The queries of a stage that have a box, in 0..N Q - 1, in order."""
-        (queries,) = self._on_device([np.sort(self.on_host[stage][self.on_host[stage] != NONE])])
-        return queries
+        return self._on_device([np.sort(self.on_host[stage][self.on_host[stage] != NONE])])[0]
 
     def students(self, c: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The students of each stage: q (n, D) normalised and the box (n,) that each is of; in the order of the

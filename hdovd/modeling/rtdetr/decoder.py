@@ -134,8 +134,7 @@ class Stage(QueryStage):
         if self.grid is not None:
             sampled = sampled + self.grid(boxes, maps, inside)
         content = self.sampling_norm(content + sampled)
-        refined: Tensor = self.feedforward_norm(content + self.feedforward(content))
-        return refined
+        return self.feedforward_norm(content + self.feedforward(content))
 
 
 class Network(nn.Module):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hdovd.data.targets import Targets
+from hdovd.data.targets import Targets, scale_all, with_large_pseudo_boxes
 
 DIM = 3
 
@@ -54,14 +54,16 @@ def test_flip_agrees_with_the_flipped_picture() -> None:
 
 
 def test_scale_takes_each_axis_by_its_factor() -> None:
-    scaled = example().scaled(2.0, 0.5)
+    scaled = scale_all([example()], [(2.0, 0.5)])[0]
     assert scaled.boxes.tolist() == [[2, 1, 22, 11], [80, 0, 200, 25]]
     assert scaled.pseudo_boxes.tolist() == [[6, 2, 26, 12], [8, 2, 68, 4.5]]
     assert scaled.labels.tolist() == [5, 1]
 
 
 def test_both_sides_must_be_over_the_minimum() -> None:
-    targets = example([(33, 33), (32, 40), (40, 32), (32.5, 99), (10, 500)]).with_best_pseudo_boxes(32.0, 5)
+    targets = with_large_pseudo_boxes([example([(33, 33), (32, 40), (40, 32), (32.5, 99), (10, 500)])], 32.0)[
+        0
+    ].with_first_pseudo_boxes(5)
     assert targets.pseudo_boxes.tolist() == [[3, 4, 36, 37], [6, 4, 38.5, 103]]
     assert targets.pseudo_embeddings[:, 0].tolist() == [10, 13]
     assert targets.pseudo_texts[:, 0].tolist() == [20, 23]
@@ -70,7 +72,7 @@ def test_both_sides_must_be_over_the_minimum() -> None:
 
 def test_the_best_of_the_large_ones_are_kept() -> None:
     sides = [(40, 40), (5, 5), (41, 41), (42, 42), (43, 43)]
-    targets = example(sides).with_best_pseudo_boxes(32.0, 3)
+    targets = with_large_pseudo_boxes([example(sides)], 32.0)[0].with_first_pseudo_boxes(3)
     assert targets.pseudo_embeddings[:, 0].tolist() == [10, 12, 13]  # small ones do not use up places
     assert targets.pseudo_texts[:, 0].tolist() == [20, 22, 23]
     assert (targets.pseudo_boxes[:, 2] - targets.pseudo_boxes[:, 0]).tolist() == [40, 41, 42]
@@ -78,11 +80,11 @@ def test_the_best_of_the_large_ones_are_kept() -> None:
 
 @pytest.mark.parametrize("sides", [[], [(5.0, 5.0)]])
 def test_none_left(sides: list[tuple[float, float]]) -> None:
-    targets = example(sides).with_best_pseudo_boxes(32.0, 5)
+    targets = with_large_pseudo_boxes([example(sides)], 32.0)[0].with_first_pseudo_boxes(5)
     assert targets.pseudo_boxes.shape == (0, 4)
     assert targets.pseudo_embeddings.shape == (0, DIM)
     assert targets.pseudo_texts.shape == (0, DIM)
-    assert targets.flipped(100).scaled(2.0, 2.0).all_boxes.shape == (2, 4)
+    assert scale_all([targets.flipped(100)], [(2.0, 2.0)])[0].all_boxes.shape == (2, 4)
 
 
 def test_to_keeps_every_field_in_its_place() -> None:

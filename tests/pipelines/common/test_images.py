@@ -338,11 +338,11 @@ def test_the_annotated_size_decides_whether_a_picture_is_turned_and_the_setting_
     stored = stored if turn is None else stored.transpose(turn)
     _tagged(stored, orientation, tmp_path / "x.png")
     width, height = (10, 6) if annotated == "upright" else stored.size
-    found = read_annotated(tmp_path / "x.png", width, height, None, exif)
+    found, decided = read_annotated(tmp_path / "x.png", width, height, None, exif)
     either = 2 <= orientation <= 4
     turned = exif is Exif.APPLY if either else annotated == "upright"
-    assert found.either == either
-    assert np.array_equal(np.asarray(found.image), upright if turned else np.asarray(stored))
+    assert decided == either
+    assert np.array_equal(np.asarray(found), upright if turned else np.asarray(stored))
 
 
 def test_a_size_that_fits_neither_way_names_exif(tmp_path: Path) -> None:

@@ -64,39 +64,39 @@ def test_the_features_of_a_cpu(tmp_path: Path) -> None:
     [(CPU, True, "fp32"), (CPU, False, "fp32"), (GPU, True, "fp32"), (GPU, False, "fp16")],
 )
 def test_the_table(device: torch.device, training: bool, without: str, native: bool) -> None:
-    choice = choose("auto", device, training=training)
-    assert choice.precision == ("bf16" if native else without)
-    assert choice.line == f"precision: {choice.precision}, chosen: this one is so"
+    precision, line = choose("auto", device, training=training)
+    assert precision == ("bf16" if native else without)
+    assert line == f"precision: {precision}, chosen: this one is so"
 
 
 def test_what_is_there_keeps_its_own(native: bool) -> None:
     for own in (Precision.FP32, Precision.BF16):
-        choice = choose("auto", CPU, training=False, own=own, whose="the cache's")
-        assert choice.precision is own
-        assert choice.line.startswith(f"precision: {own}, the cache's own")
-    assert choose("fp32", CPU, training=False, own="bf16").precision is Precision.FP32
+        precision, line = choose("auto", CPU, training=False, own=own, whose="the cache's")
+        assert precision is own
+        assert line.startswith(f"precision: {own}, the cache's own")
+    assert choose("fp32", CPU, training=False, own="bf16")[0] is Precision.FP32
 
 
 def test_bf16_that_is_emulated_names_its_cost(native: bool) -> None:
-    asked = choose("bf16", CPU, training=True)
-    assert asked.precision is Precision.BF16
-    assert ("slower than fp32" in asked.line) is not native
-    kept = choose("auto", CPU, training=True, own="bf16", whose="the run's")
-    assert ("the run's own" in kept.line, "slower" in kept.line) == (True, not native)
+    asked, asked_line = choose("bf16", CPU, training=True)
+    assert asked is Precision.BF16
+    assert ("slower than fp32" in asked_line) is not native
+    _, kept_line = choose("auto", CPU, training=True, own="bf16", whose="the run's")
+    assert ("the run's own" in kept_line, "slower" in kept_line) == (True, not native)
 
 
 def test_the_variable_of_clusters(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HDOVD_PRECISION", "fp32")
-    assert choose("auto", GPU, training=False).line == "precision: fp32, by HDOVD_PRECISION"
-    assert choose("bf16", GPU, training=False).precision is Precision.BF16
-    assert choose("auto", GPU, training=False, own="fp16").precision is Precision.FP16
+    assert choose("auto", GPU, training=False)[1] == "precision: fp32, by HDOVD_PRECISION"
+    assert choose("bf16", GPU, training=False)[0] is Precision.BF16
+    assert choose("auto", GPU, training=False, own="fp16")[0] is Precision.FP16
     monkeypatch.setenv("HDOVD_PRECISION", "half")
     with pytest.raises(HdovdError, match=r"HDOVD_PRECISION=half: expected fp32, bf16 or fp16"):
         choose("auto", GPU, training=False)
 
 
 def test_fp16_is_for_gpus(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose("fp16", GPU, training=False).line == ""
+    assert choose("fp16", GPU, training=False)[1] == ""
     with pytest.raises(HdovdError, match=r"--precision fp16 needs a GPU: give --device cuda, or --precision fp32"):
         choose("fp16", CPU, training=False)
     with pytest.raises(HdovdError, match=r"precision fp16 \(the cache's own\) needs a GPU"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from online_clip import reference_transform
 from PIL import Image
 
 from hdovd.data.coco import ImageBoxes
@@ -70,7 +71,7 @@ def _ours(
 
 
 def _reference(clip: ClipTeacher, picture: Path, recipe: CropRecipe, boxes: np.ndarray) -> np.ndarray:
-    image, transform = Image.open(picture).convert("RGB"), clip.reference_transform()
+    image, transform = Image.open(picture).convert("RGB"), reference_transform(clip)
     crops = [transform(image.crop(region)) for region in recipe.regions(boxes, WIDTH, HEIGHT).tolist()]
     rows = [clip.embed_preprocessed(torch.stack(crops[first : first + 100])) for first in range(0, len(crops), 100)]
     return mean_of(np.concatenate(rows), len(recipe.scales))

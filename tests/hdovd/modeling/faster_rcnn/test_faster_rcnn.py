@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hdovd.config.recipe import PRESETS
 from hdovd.core.errors import HdovdError
-from hdovd.data.targets import Targets
+from hdovd.data.targets import Targets, with_large_pseudo_boxes
 from hdovd.modeling.batching import batch_images, draw_short_sides
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.modeling.rois import number_boxes, sample_rois_of_images
@@ -82,7 +82,7 @@ def naive_losses(
 ) -> dict[str, float]:
     torch.manual_seed(seed)
     padded, _ = batch_images(images, model.recipe.input)
-    targets = [t.with_best_pseudo_boxes(8.0, 2) for t in targets]
+    targets = [with_large_pseudo_boxes([t], 8.0)[0].with_first_pseudo_boxes(2) for t in targets]
     features = model.backbone(padded.tensors)
     proposals, rpn = model.rpn(padded, features, [{"boxes": t.all_boxes} for t in targets])
     rois, matches, _ = sample_rois_of_images(proposals, [t.all_boxes for t in targets], 32, 0.5, [None] * len(targets))
@@ -197,7 +197,7 @@ def test_one_pair_gives_no_instance_loss_and_no_memory() -> None:
 
 def test_small_pseudo_boxes_count_for_nothing() -> None:
     images, targets = batch()
-    none = [t.with_best_pseudo_boxes(1e9, 5) for t in targets]
+    none = [with_large_pseudo_boxes([t], 1e9)[0].with_first_pseudo_boxes(5) for t in targets]
     tiny = [
         targets_of(t.boxes.tolist(), [[5.0, 5.0, 12.0, 60.0], [50.0, 5.0, 90.0, 13.0]], i)
         for i, t in enumerate(targets)
@@ -214,7 +214,7 @@ def test_pseudo_boxes_are_measured_at_the_input_scale() -> None:
         targets_of(base[0], [[20.0, 10.0, 25.0, 15.0]], 0),
         targets_of(base[1], [[20.0, 10.0, 34.0, 24.0]], 1),
     ]  # 10 px and 7 px then
-    expected = [kept[0], kept[1].with_best_pseudo_boxes(1e9, 5)]
+    expected = [kept[0], with_large_pseudo_boxes([kept[1]], 1e9)[0].with_first_pseudo_boxes(5)]
     one, two = run(detector(), images, kept), run(detector(), images, expected)
     for name in DISTILLED:
         assert one[name].item() == pytest.approx(two[name].item(), abs=1e-7), name
