@@ -197,7 +197,8 @@ class FeatureCache:
 
     def image_embedding(self, image_id: int) -> np.ndarray:
         """(D,) float16."""
-        return self._table(Level.IMAGE, "embedding")[self._row(Level.IMAGE, image_id)]
+        row: np.ndarray = self._table(Level.IMAGE, "embedding")[self._row(Level.IMAGE, image_id)]
+        return row
 
     def instance_embeddings(self, image_id: int) -> np.ndarray:
         """(n, D) float16, the instance rows of one image."""
@@ -354,4 +355,5 @@ def require_unit(rows: np.ndarray, what: str) -> None:
 def normalised_rows(rows: np.ndarray) -> np.ndarray:
     """Stored float16 rows (n, D), of norm one again in float32; rows of zeros, which no embedding is, stay so."""
     wide = rows.astype(np.float32)
-    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+    normalised: np.ndarray = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+    return normalised

@@ -183,7 +183,8 @@ class TarMeta:
         return range(shard * self.samples, min((shard + 1) * self.samples, self.images))
 
     def attributes(self, level: Level) -> dict[str, Any]:
-        return self.products[level]["attributes"]
+        found: dict[str, Any] = self.products[level]["attributes"]
+        return found
 
     def key_inputs(self) -> dict[Level, KeyInputs]:
         return {level: self.attributes(level)["key_inputs"] for level in self.products}
@@ -556,4 +557,5 @@ def _open(folder: Folder, name: str) -> IO[bytes]:
     from fsspec.core import url_to_fs
 
     system, where = url_to_fs(f"{folder.url}/{name}", use_listings_cache=False)
-    return system.open(where, "rb", block_size=STREAM_BLOCK)
+    stream: IO[bytes] = system.open(where, "rb", block_size=STREAM_BLOCK)
+    return stream

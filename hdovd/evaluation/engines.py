@@ -51,10 +51,11 @@ def classes(engine: str) -> tuple[Any, Any]:
     does.
     """
     try:
-        return ENGINES.find(engine)()
+        found: tuple[Any, Any] = ENGINES.find(engine)()
     except ImportError as error:
         extra = "hdovd[fast-eval]" if engine == Engine.FASTER else engine
         raise HdovdError(
             f"the AP engine {engine} cannot be imported ({error}): pip install '{extra}'"
             + (f", or use the engine {Engine.PYCOCOTOOLS}" if engine == Engine.FASTER else "")
         ) from error
+    return found

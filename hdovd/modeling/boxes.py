@@ -26,7 +26,8 @@ class BoxCoder(_utils.BoxCoder):
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         """(n, 4) boxes and (n, 4) anchors, both xyxy -> (n, 4) offsets."""
         weights = torch.tensor(self.weights, dtype=reference_boxes.dtype).to(reference_boxes.device, non_blocking=True)
-        return _utils.encode_boxes(reference_boxes, proposals, weights)
+        offsets: Tensor = _utils.encode_boxes(reference_boxes, proposals, weights)
+        return offsets
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """(n, 4) offsets and (n, 4) anchors -> (n, 4) boxes."""
@@ -61,7 +62,7 @@ def nms_of_images(boxes: Tensor, scores: Tensor, threshold: float, groups: Seque
             [torch.full((n,), group, device=scores.device) for group, n in enumerate(groups)]
         )
     if boxes.device.type == "cpu":
-        return batched_nms(boxes.flatten(0, 1).double(), scores.flatten().double(), part.flatten(), threshold)
+        return batched_nms(boxes.flatten(0, 1).double(), scores.flatten().double(), part.flatten(), threshold)  # type: ignore[no-any-return]
     kept, at_once = [], max(1, MOST_AT_ONCE // max(1, count))
     for first in range(0, images, at_once):
         some = slice(first, first + at_once)
@@ -79,7 +80,8 @@ def _nms_apart(boxes: Tensor, scores: Tensor, part: Tensor, threshold: float) ->
     if not len(boxes):
         return part
     exact = boxes.double()
-    return nms(exact + part[:, None] * (exact.amax() - exact.amin() + 1), scores.double(), threshold)
+    kept: Tensor = nms(exact + part[:, None] * (exact.amax() - exact.amin() + 1), scores.double(), threshold)
+    return kept
 
 
 def best_places(scores: Tensor, most: int) -> Tensor:

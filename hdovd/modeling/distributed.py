@@ -45,7 +45,8 @@ def gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     if world_size() == 1:
         return rows
     counts = counts_of_ranks(len(rows), rows.device) if counts is None else counts
-    return _GatherRows.apply(rows, counts)
+    gathered: Tensor = _GatherRows.apply(rows, counts)
+    return gathered
 
 
 def mean_count(count: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def roi_align_on_cpu(maps: Tensor, rois: Tensor, bins: int, scale: float, sample
     Returns:
         (R, C, B, B) float32, with a gradient for the maps and none for the RoIs.
     """
-    return _RoIAlign.apply(maps, rois, bins, scale, samples)
+    pooled: Tensor = _RoIAlign.apply(maps, rois, bins, scale, samples)
+    return pooled
 
 
 class _RoIAlign(torch.autograd.Function):
@@ -42,7 +43,8 @@ class _RoIAlign(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, rois: Tensor, bins: int, scale: float, samples: int) -> Tensor:
         ctx.save_for_backward(rois)
         ctx.shape, ctx.bins, ctx.scale, ctx.samples = maps.shape, bins, scale, samples
-        return roi_align(maps, rois, bins, scale, samples, aligned=True)
+        pooled: Tensor = roi_align(maps, rois, bins, scale, samples, aligned=True)
+        return pooled
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -193,7 +195,8 @@ class RoIHead(nn.Module):
 
     def hidden(self, pooled: Tensor) -> Tensor:
         """(R, C, 7, 7) -> (R, F)."""
-        return self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+        features: Tensor = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+        return features
 
     def initialise(self, score: nn.Linear) -> None:
         """The first weights of all layers; `score` is the subclass's own. Called when every layer is there."""
@@ -248,6 +251,7 @@ class PyramidRoIAlign(nn.Module):
         maps, scale = features[str(level)].float(), math.ldexp(1.0, -level)
         if maps.requires_grad and maps.device.type == "cpu":
             return roi_align_on_cpu(maps, indexed, POOL_SIZE, scale, self.sampling_ratio)
-        return roi_align(
+        crops: Tensor = roi_align(
             maps, indexed, POOL_SIZE, spatial_scale=scale, sampling_ratio=self.sampling_ratio, aligned=True
         )
+        return crops

@@ -27,7 +27,10 @@ class FloatAnchors(AnchorGenerator):
     """torchvision's anchors take the feature maps' dtype; in bfloat16 their coordinates would be off by pixels."""
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        return super().forward(image_list, [m.new_empty(m.shape, dtype=torch.float32) for m in feature_maps])
+        anchors: list[Tensor] = super().forward(
+            image_list, [m.new_empty(m.shape, dtype=torch.float32) for m in feature_maps]
+        )
+        return anchors
 
 
 class ExactAnchors(FloatAnchors):
@@ -53,7 +56,8 @@ class ExactAnchors(FloatAnchors):
 
     def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
         exact = [[finest * 2**level for finest in strides[0]] for level in range(len(strides))]
-        return super().grid_anchors(grid_sizes, exact)
+        anchors: list[Tensor] = super().grid_anchors(grid_sizes, exact)
+        return anchors
 
 
 class FloatRPNHead(RPNHead):
@@ -92,7 +96,7 @@ class ObjectnessRPN(RegionProposalNetwork):
         device twice: for the NMS and for what is left.
         """
         if proposals.device.type == "cpu":
-            return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
+            return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)  # type: ignore[no-any-return]
         objectness = objectness.detach().reshape(len(proposals), -1)
         best = self._get_top_n_idx(objectness, num_anchors_per_level)
         scores = objectness.gather(1, best).sigmoid()

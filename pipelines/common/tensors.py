@@ -89,4 +89,5 @@ def floats(value: Any, what: str) -> np.ndarray:
         value.numel() * value.element_size() > value.untyped_storage().nbytes()
     ):  # one number may pose as any amount of memory
         raise Unfit(f"{what} is a tensor of {tuple(value.shape)} numbers over {value.untyped_storage().nbytes()} bytes")
-    return value.detach().float().numpy()
+    rows: np.ndarray = value.detach().float().numpy()
+    return rows

@@ -56,7 +56,8 @@ class Packed(Generic[Batch]):
     def unpack(self) -> Batch:
         """The batch. Its tensors and arrays are views that keep the whole buffer alive; clone what outlives the
         batch."""
-        return _Unpickler(self).load()
+        batch: Batch = _Unpickler(self).load()
+        return batch
 
     def pin_memory(self) -> "Packed[Batch]":
         """The same in page-locked memory; the DataLoader calls it."""

@@ -192,4 +192,4 @@ class Dealing:
             self._epoch, self._indices = epoch, self.order.indices(epoch)
         size = min(self.batch_size, self.order.count)
         own, start = size // self.world, step * size
-        return self._indices[start + self.rank * own : start + (self.rank + 1) * own].tolist()
+        return self._indices[start + self.rank * own : start + (self.rank + 1) * own].tolist()  # type: ignore[no-any-return]

@@ -144,4 +144,5 @@ def mean_of(embeddings: np.ndarray, crops: int) -> np.ndarray:
     if crops == 1:
         return embeddings
     mean = embeddings[: len(embeddings) // crops * crops].reshape(-1, crops, embeddings.shape[1]).mean(axis=1)
-    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    normalised: np.ndarray = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    return normalised

@@ -177,7 +177,8 @@ def _xywh(boxes: np.ndarray) -> list[list[float]]:
     long = boxes.astype(np.float64)
     corner = np.where(unlike, long[:, :2], short[:, :2])
     side = np.where(unlike, long[:, 2:] - long[:, :2], side)
-    return np.concatenate([corner, side], 1).tolist()
+    rows: list[list[float]] = np.concatenate([corner, side], 1).tolist()
+    return rows
 
 
 def convert_proposals(

@@ -292,11 +292,12 @@ def _train(job: ProposeConfig, file: Path, split: Split, wanted: dict[str, Any],
     model = network if us.world == 1 else data_parallel(network)
 
     def losses_of(samples: list[Picture], epoch: int) -> dict[str, Tensor]:
-        return model(
+        losses: dict[str, Tensor] = model(
             [s.pixels.to(us.device, non_blocking=True) for s in samples],
             [s.boxes.to(us.device) for s in samples],
             [key_of(config.seed, epoch, s.image_id) for s in samples],
         )
+        return losses
 
     dealing = Dealing(
         PlainShuffle(len(split.images), config.seed), config.batch_size, us.rank, us.world, config.accumulate

@@ -162,4 +162,5 @@ def _counts(
     """
     places = np.arange(len(ranked)) if places is None else places
     high = ranked[places][:, None, None] >= np.array(scores)[:, None]
-    return (high & (places[:, None, None] < np.array(tops))).sum(axis=0)
+    counts: np.ndarray = (high & (places[:, None, None] < np.array(tops))).sum(axis=0)
+    return counts

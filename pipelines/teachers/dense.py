@@ -141,10 +141,12 @@ class _ResNet:
 
     def map(self, pixels: Tensor) -> Tensor:
         v = self._visual
-        return v.layer3(v.layer2(v.layer1(v.stem(pixels))))
+        features: Tensor = v.layer3(v.layer2(v.layer1(v.stem(pixels))))
+        return features
 
     def pool(self, bins: Tensor) -> Tensor:
-        return self._visual.attnpool(self._visual.layer4(bins))
+        pooled: Tensor = self._visual.attnpool(self._visual.layer4(bins))
+        return pooled
 
 
 class _OpenClipVit:
@@ -175,11 +177,13 @@ class _OpenClipVit:
         maps = self._visual.forward_intermediates(
             pixels, indices=1, intermediates_only=True, normalize_intermediates=not self._norm_last
         )
-        return maps["image_intermediates"][0]
+        last: Tensor = maps["image_intermediates"][0]
+        return last
 
     def pool(self, bins: Tensor) -> Tensor:
         mean = bins.flatten(1)
-        return (self._visual.ln_post(mean) if self._norm_last else mean) @ self._visual.proj
+        rows: Tensor = (self._visual.ln_post(mean) if self._norm_last else mean) @ self._visual.proj
+        return rows
 
 
 class _TimmVit:
@@ -208,12 +212,16 @@ class _TimmVit:
         )
 
     def map(self, pixels: Tensor) -> Tensor:
-        return self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[0]
+        last: Tensor = self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[
+            0
+        ]
+        return last
 
     def pool(self, bins: Tensor) -> Tensor:
         trunk, tokens = self._visual.trunk, bins.flatten(2).transpose(1, 2)
         pooled = tokens.mean(dim=1) if trunk.attn_pool is None else trunk.attn_pool(tokens)
-        return self._visual.head(trunk.head(trunk.fc_norm(pooled)))
+        rows: Tensor = self._visual.head(trunk.head(trunk.fc_norm(pooled)))
+        return rows
 
 
 class _OwnValue(nn.Module):

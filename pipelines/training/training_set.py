@@ -234,7 +234,8 @@ class TarTrainingSet(Dataset[Sample]):
             raise HdovdError(
                 f"{self.url} has no text embedding of {missing[:8]}: extract and export with the same --protocol"
             )
-        return self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]]
+        rows: np.ndarray = self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]]
+        return rows
 
     def object_text(self) -> Tensor | None:
         """(D,) the text embedding of "object", None if there is none. Raises HdovdError for one that is damaged."""
@@ -261,7 +262,8 @@ class TarTrainingSet(Dataset[Sample]):
 
     def image_ids(self) -> np.ndarray:
         """(n,) int64, by index."""
-        return self._meta.tensors["image_id"][self._places].astype(np.int64)
+        ids: np.ndarray = self._meta.tensors["image_id"][self._places].astype(np.int64)
+        return ids
 
     def order(self, streams: Streams) -> EpochOrder:
         """How an epoch goes over the images."""

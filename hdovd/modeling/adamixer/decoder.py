@@ -34,7 +34,8 @@ class AdaptiveMixing(nn.Module):
         values = torch.bmm(
             of_points.unflatten(1, (self.out_points, self.points)), _normalised(values, self.points, self.width)
         )
-        return self.out(_normalised(values, self.out_points, self.width).view(-1, self.out.in_features))
+        mixed: Tensor = self.out(_normalised(values, self.out_points, self.width).view(-1, self.out.in_features))
+        return mixed
 
 
 def _normalised(values: Tensor, points: int, width: int) -> Tensor:
@@ -131,7 +132,8 @@ class BoxAttention(nn.Module):
         q, k, v = self.in_proj(queries).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         shares = torch.addcmul(logits.float(), log_iof[:, None], self.iof_tau.view(-1, 1, 1)).softmax(dim=-1)
-        return self.out_proj((shares.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        out: Tensor = self.out_proj((shares.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        return out
 
 
 def positional_code(xyzr: Tensor, channels: int) -> Tensor:

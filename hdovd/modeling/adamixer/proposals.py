@@ -139,7 +139,8 @@ class QueryProposals(nn.Module):
         size.
         """
         points = to_xyzr(boxes)[..., None, None, :3]
-        return self.content_norm(table.sample(points, 1)[..., 0, 0, :])
+        content: Tensor = self.content_norm(table.sample(points, 1)[..., 0, 0, :])
+        return content
 
 
 def by_rank(probability: Tensor, distinct: Tensor) -> Tensor:

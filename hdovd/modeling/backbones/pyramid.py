@@ -54,7 +54,10 @@ class ForeignPyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(channels, out_channels, LastLevelMaxPool())
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        return self.fpn({str(level): maps for level, maps in zip(self.levels, self.body(pixels), strict=True)})
+        maps: dict[str, Tensor] = self.fpn(
+            {str(level): maps for level, maps in zip(self.levels, self.body(pixels), strict=True)}
+        )
+        return maps
 
 
 def build_backbone(config: BackboneConfig, initialise: bool = True) -> BackboneWithFPN | ForeignPyramid:
@@ -103,7 +106,8 @@ def with_synced_norms(model: nn.Module) -> nn.Module:
         from timm.layers import convert_sync_batchnorm as convert  # type: ignore[attr-defined]  # torch's own would drop them
     else:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm
-    return convert(model)
+    synced: nn.Module = convert(model)
+    return synced
 
 
 def _foreign(config: BackboneConfig, initialise: bool) -> ForeignPyramid:

@@ -11,7 +11,8 @@ def traceable(detector: Detector) -> nn.Module:
     """The detector as a module over (image, texts, is_novel), in eval mode: one that torch can trace, if it has one."""
     if detector.exportable is None:
         return _OnePicture(detector)
-    return resolve(detector.exportable, "the detector's exportable")(detector)
+    module: nn.Module = resolve(detector.exportable, "the detector's exportable")(detector)
+    return module
 
 
 class _OnePicture(nn.Module):

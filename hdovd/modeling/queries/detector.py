@@ -55,11 +55,13 @@ class QueryStage(nn.Module):
 
     def describe(self, content: Tensor) -> Tensor:
         """The class feature c (..., D) float32 of contents (..., C): in the space of CLIP's image embeddings."""
-        return self.class_feature(content).float()
+        c: Tensor = self.class_feature(content).float()
+        return c
 
     def object_logits(self, content: Tensor) -> Tensor:
         """Logits (...) float32 of there being an object."""
-        return self.objectness(content)[..., 0].float()
+        logits: Tensor = self.objectness(content)[..., 0].float()
+        return logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +233,12 @@ class QueryDetector(Detector):
         c, logits = self.read(look.contents)
         pairs, paired = self._pair(look, logits, boxes)
         classified = self.adapters.classified(c)
-        losses = self.own_losses(look, step, paired) | self._stage_losses(look, logits, classified, pairs, step)
+        losses = self.own_losses(look, step, paired)
+        losses |= self._stage_losses(look, logits, classified, pairs, step)
         view = _view(look, batch, boxes, pairs, texts, c if self.instance_level is not None else None, classified)
-        return losses | self._distillation(view, c, pairs, boxes) | self.extra(view)
+        losses |= self._distillation(view, c, pairs, boxes)
+        losses.update(self.extra(view))
+        return losses
 
     @torch.inference_mode()
     def students(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None = None) -> Students:

@@ -36,7 +36,8 @@ def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor, count: 
 
 def objectness_loss(logits: Tensor, is_object: Tensor, count: Tensor) -> Tensor:
     """Focal loss (arXiv 1708.02002; alpha 0.25, gamma 2) of logits (S, N, Q): the sum, divided by `count` ()."""
-    return sigmoid_focal_loss(logits, is_object.to(logits), alpha=0.25, gamma=2, reduction="sum") / count
+    loss: Tensor = sigmoid_focal_loss(logits, is_object.to(logits), alpha=0.25, gamma=2, reduction="sum") / count
+    return loss
 
 
 def box_losses(predicted: Tensor, pairs: Pairs, boxes: StepBoxes, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,8 @@ class Attention(nn.Module):
         q, k = placed.permute(2, 0, 3, 1, 4).unbind(0)
         v = self.values(content).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         logits = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float() + bias
-        return self.out((logits.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        out: Tensor = self.out((logits.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        return out
 
 
 class DeformableAttention(nn.Module):
@@ -75,7 +76,8 @@ class DeformableAttention(nn.Module):
             values = values.unflatten(1, (heads, -1)).flatten(0, 1)
             sampled.append(F.grid_sample(values, grid[level], align_corners=False))  # (N H, C / H, Q, P)
         found = (torch.cat(sampled, dim=-1) * weights[:, None]).sum(dim=-1)
-        return self.out(found.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2))
+        out: Tensor = self.out(found.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2))
+        return out
 
 
 class GridSampling(nn.Module):
@@ -100,7 +102,8 @@ class GridSampling(nn.Module):
         for values, pixels, within in zip(self.values, maps, inside, strict=True):
             level = values(pixels).float() * within[:, None]
             found = found + F.grid_sample(level, grid, align_corners=False)  # (N, C / 2, Q, G)
-        return self.out(found.permute(0, 2, 3, 1).flatten(2))
+        out: Tensor = self.out(found.permute(0, 2, 3, 1).flatten(2))
+        return out
 
 
 def feed_forward(channels: int, hidden: int, activation: type[nn.Module], out: int | None = None) -> nn.Sequential:

@@ -134,7 +134,8 @@ class Stage(QueryStage):
         if self.grid is not None:
             sampled = sampled + self.grid(boxes, maps, inside)
         content = self.sampling_norm(content + sampled)
-        return self.feedforward_norm(content + self.feedforward(content))
+        refined: Tensor = self.feedforward_norm(content + self.feedforward(content))
+        return refined
 
 
 class Network(nn.Module):

@@ -43,7 +43,8 @@ class PictureNorm(nn.Module):
         """(N, C): of each channel the mean of its group over cells (N, h w, 1) that are 1."""
         of_channel = (pixels.flatten(2) @ cells)[..., 0] / cells.sum(dim=1)
         of_group = of_channel.view(-1, self.groups, self.of_group).mean(dim=2, keepdim=True)
-        return of_group.expand(-1, -1, self.of_group).flatten(1)
+        of_its_channels: Tensor = of_group.expand(-1, -1, self.of_group).flatten(1)
+        return of_its_channels
 
 
 class Convolution(nn.Module):
@@ -80,7 +81,8 @@ class Fusion(nn.Module):
         both = deep = torch.cat([one, two], dim=1)
         for block in self.deep:
             deep = block(deep, inside)
-        return self.out(deep + self.flat(both, inside), inside)
+        fused: Tensor = self.out(deep + self.flat(both, inside), inside)
+        return fused
 
 
 class LevelAttention(nn.Module):
@@ -100,7 +102,8 @@ class LevelAttention(nn.Module):
         bias = torch.where(inside.flatten(1)[:, None, None], 0.0, -torch.inf)
         cells = self.attention_norm(cells + self.attention(cells, position, bias))
         cells = self.feedforward_norm(cells + self.feedforward(cells))
-        return cells.transpose(1, 2).unflatten(2, pixels.shape[-2:])
+        out: Tensor = cells.transpose(1, 2).unflatten(2, pixels.shape[-2:])
+        return out
 
 
 class HybridEncoder(nn.Module):

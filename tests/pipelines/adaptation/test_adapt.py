@@ -391,7 +391,9 @@ def test_old_classes_are_judged_by_pictures_that_the_run_was_not_trained_on(
     names = {c["id"]: c["name"] for c in tree["categories"]}
     wanted = {a["image_id"] for a in tree["annotations"] if names[a["category_id"]] in BASE}
     assert {image.id for image in part.judging} == wanted
-    assert set(part.base[k] for k in part.targets(part.judging[0]).judged.nonzero().flatten().tolist()) == set(BASE)  # type: ignore[union-attr]
+    judged = part.targets(part.judging[0]).judged
+    assert judged is not None
+    assert {part.base[k] for k in judged.nonzero().flatten().tolist()} == set(BASE)
     monkeypatch.setattr(stage, "MOST_JUDGED", 2)
     assert len(stage._old_judges(distilled, data, olds)[0].judging) == 2
     assert stage._old_judges(distilled, data, []) == [data.replay]
