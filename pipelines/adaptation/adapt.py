@@ -34,6 +34,7 @@ from hdovd.modeling.base import Detector
 from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.adaptation.config import AdaptConfig
 from hdovd.pipelines.adaptation.data import (
+    HELD_OUT,
     SAME_OBJECT,
     JudgedSet,
     class_rows,
@@ -63,7 +64,7 @@ SLOWER = 4  # so many times smaller a learning rate than the run's, where there 
 MOST_EPOCHS, LEAST_SHARE = 20, 0.25  # how often a new picture is seen at most; share of earlier ones at least
 LONGEST = 4000  # steps that a run is taken to have had where it does not say
 SURE = 0.5  # score of a box that the run teaches
-MOST_LOST = 1.0  # points of AP50 that interpolation may cost the old base classes
+MOST_LOST = 1.5  # points of AP50 that interpolation may cost the old base classes
 BY_HEART = 3  # times as much as of others is lost of pictures that the run was trained on
 MOST_JUDGED = 500  # validation images
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -90,7 +91,7 @@ def adapt(config: AdaptConfig) -> RunFolder:
         own, joined, data = _data(config, run)
         olds = _old_validation(config, run)
         shown = _with_examples(data, run) if config.examples and data.recipe.loss.uses_pseudo_boxes else []
-        recipe = planned(run, data, config.settings, config.share)
+        recipe = planned(run, data, config.settings, config.share, us.world)
         earlier = [data.replay] if data.replay is not None else []
         for part in (data, *earlier):
             part.recipe = recipe
@@ -98,7 +99,7 @@ def adapt(config: AdaptConfig) -> RunFolder:
             "protocol": own.to_dict(),
             "share": config.share,
             "teacher": config.teacher,
-            "shown": shown,
+            "examples": shown,
             "replay": {str(level): key for part in earlier for level, key in part.cache.set.levels.items()},
         }
         goes_on, file = config.resume and (config.out / "checkpoint.pt").is_file(), config.out / "teacher.json"
@@ -122,11 +123,11 @@ def adapt(config: AdaptConfig) -> RunFolder:
         runs = {"before": run, "after": new}
         if config.compare_naive:
             log("plain fine-tuning, to compare with:")
-            parts = us.world * recipe.train.accumulate
-            batch = max(parts, min(recipe.train.batch_size, len(data.images)) // parts * parts)
-            of_text = NAIVE_TEXT if hasattr(recipe.detector, "text") else ()
-            plain = [*NAIVE, *of_text, f"train.batch_size={batch}"]
-            recipe = load_recipe(str(new.path / "config.toml"), plain)
+            of_text, pictures = NAIVE_TEXT if hasattr(recipe.detector, "text") else (), len(data.images)
+            batch, parts = parted(min(recipe.train.batch_size, pictures), recipe.train.accumulate, us.world)
+            warm_up = recipe.train.epochs * max(1, pictures // batch) // 10
+            parts += [f"train.warmup_iterations={min(recipe.train.warmup_iterations, warm_up)}"]
+            recipe = load_recipe(str(new.path / "config.toml"), [*NAIVE, *of_text, *parts])
             alone = JudgedSet(data.split, data.cache, recipe, own, data.rows, joined.base)
             runs["naive"] = train_on(
                 replace(config, out=config.out / "naive", recipe=recipe),
@@ -134,7 +135,7 @@ def adapt(config: AdaptConfig) -> RunFolder:
                 stop,
                 joined,
                 alone,
-                {"adapted": about | {"naive": True}},
+                {"adapted": about | {"naive": True, "teacher": False, "replay": {}}},
             )
         if us.leads:
             every = [*([config.validation] if config.validation else []), *(old for old, _ in olds)]
@@ -157,21 +158,22 @@ def _data(config: AdaptConfig, run: RunFolder) -> tuple[Protocol, Protocol, Judg
 
 
 def _with_examples(data: JudgedSet, run: RunFolder) -> list[str]:
-    """The data's embeddings of classes that are new to the run become those of their boxes, where `mix_examples` finds
-    these better. Returns the classes whose embeddings are not of their names alone, of earlier adaptations too.
+    """The data's embeddings of classes that the run does not know become those of their boxes, where `mix_examples`
+    finds these better. Returns the classes whose embeddings are not of their names alone, of earlier adaptations too.
     """
     known = run.protocol()
-    source, base = (data.replay, known.base) if data.replay else (data, data.base)
+    source, base = (data.replay, known.base) if data.replay is not None else (data, data.base)
     gap = Gap.of(source.cache, torch.from_numpy(data.class_embeddings(base)))
-    mixed = mix_examples(data, [name for name in data.base if name not in known.base], gap)
+    mixed = mix_examples(data, [name for name in data.base if name not in known.names], gap)
     data.rows.update(mixed)
-    return sorted({*mixed, *(value_at(run.record(), "adapted.shown") or [])})
+    return sorted({*mixed, *(value_at(run.record(), "adapted.examples") or [])})
 
 
 def chain_of(run: RunFolder, tried: tuple[Path, ...] = ()) -> list[RunFolder]:
     """A run, the one whose weights it began with, that of this one, and so on, as far as they are here."""
-    before = Path((run.record().get("init") or {}).get("run", ""))
-    more = before not in tried and (before / "run.json").is_file()
+    start = value_at(run.record(), "init.run")
+    before = Path(str(start))
+    more = start is not None and before not in tried and (before / "run.json").is_file()
     return [run, *(chain_of(RunFolder(before), (*tried, before)) if more else [])]
 
 
@@ -199,30 +201,41 @@ def _replayed(config: AdaptConfig, run: RunFolder, recipe: Recipe, joined: Proto
     raise HdovdError(f"--replay {config.replay} is not the cache that RUN was trained from: {reasons[0]}")
 
 
-def planned(run: RunFolder, data: JudgedSet, settings: Sequence[str], share: float | None = None) -> Recipe:
+def parted(batch: int, accumulate: int, world: int) -> tuple[int, list[str]]:
+    """The largest batch up to `batch` that processes share evenly, one picture each at least, and its settings."""
+    batch = max(world, batch // world * world)
+    return batch, [f"train.batch_size={batch}", f"train.accumulate={gcd(batch // world, accumulate)}"]
+
+
+def planned(
+    run: RunFolder, data: JudgedSet, settings: Sequence[str], share: float | None = None, world: int = 1
+) -> Recipe:
     """The recipe of a run with how much of it is trained on data and for how long, and `settings` over that; told in a
     line. How many earlier pictures an epoch of `data` has becomes what `share` says, or what fills the time that there
-    is where no new picture is seen more than MOST_EPOCHS times.
+    is where no new picture is seen more than MOST_EPOCHS times. `world`: processes.
     """
     first, file, pictures = adapted_from(run)[-1], str(run.path / "config.toml"), len(data.images)
     old, entries, weights = first.written_recipe(), first.entries(), run.record().get("reliability", {})
+    if "adapted" in first.record():
+        log(f"note: the run that {first.path} began with is not here: how much is trained follows {first.path} itself")
     backbone, done = old.detector.backbone, int(entries[-1]["step"]) if entries else None  # an import has no log
+    held = 0 if data.few else len(data.judging)
     # The stages of other libraries' backbones are not always known, and so not frozen.
-    frozen = pictures < MANY and ":" not in backbone.name
+    frozen = pictures + held < MANY and ":" not in backbone.name
     seen = (done or LONGEST) * old.train.batch_size / SHORTER / (FROZEN if frozen else 1)  # pictures
-    least = 0.0
-    if data.replay is not None:
-        seen, least = seen * (1 + pictures / len(data.replay.images)), share or LEAST_SHARE
+    known = (value_at(first.record(), "cache.levels.boxes.inputs.images.count") or 0) * (1 - 1 / HELD_OUT)
+    if earlier := max(known, 0 if data.replay is None else len(data.replay.images)):
+        seen *= 1 + pictures / earlier
+    least = 0.0 if data.replay is None else share or LEAST_SHARE
     epochs = min(MOST_EPOCHS, max(1, round(seen * (1 - least) / pictures)))
     if data.replay is not None:
         fewest = max(1, round(pictures * least / (1 - least)))
         data.drawn = fewest if share else max(fewest, round(seen / epochs) - pictures)
     an_epoch = len(data)
-    batch = min(old.train.batch_size, 1 << (an_epoch.bit_length() - 1))
+    _, parts = parted(min(old.train.batch_size, 1 << (an_epoch.bit_length() - 1)), old.train.accumulate, world)
     auto = "auto" in (getattr(old.pseudo_boxes, f"reliability_{name}") for name in VALUES)
     plan = [
-        f"train.batch_size={batch}",
-        f"train.accumulate={gcd(batch, old.train.accumulate)}",
+        *parts,
         f"train.epochs={epochs}",
         "train.schedule=cosine",
         "pseudo_boxes.from_epoch=1",
@@ -236,7 +249,8 @@ def planned(run: RunFolder, data: JudgedSet, settings: Sequence[str], share: flo
     recipe = load_recipe(file, [*plan, f"train.lr={lr!r}", f"train.warmup_iterations={warm_up}", *settings])
     had = "an unknown number of" if done is None else f"{done:,d}"
     log(
-        f"{pictures:,d} new pictures, {data.drawn:,d} earlier ones an epoch: train.epochs={recipe.train.epochs} (the "
+        f"{pictures:,d} new pictures and {held:,d} held out, {data.drawn:,d} earlier ones an epoch: "
+        f"train.epochs={recipe.train.epochs} (the "
         f"run had {had} steps), train.batch_size={recipe.train.batch_size}, train.lr={recipe.train.lr:.2g}, "
         f"detector.backbone.frozen_stages={recipe.detector.backbone.frozen_stages}; --set says otherwise"
     )
@@ -382,6 +396,8 @@ def _mix(
         if kept and (reached := (found["new"] or 0, one)) > best:
             best = reached
             new.save_model(model)
+    for name in ("metrics.json", "detections.json"):  # of other weights
+        (new.path / name).unlink(missing_ok=True)
     trained_on = f", {len(data.judging)} of which were trained on" if data.few else ""
     log(
         f"the weights of {new.path} are {best[1]:g} new and {1 - best[1]:g} of RUN, by {len(judging)} pictures"

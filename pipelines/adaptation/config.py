@@ -48,6 +48,8 @@ class AdaptConfig(TrainConfig):
         faults = {
             f"--share {self.share}: expected a number between 0 and 1": self.share is not None
             and not 0 < self.share < 1,
+            "--share is of the pictures of --replay, which is not given": self.share is not None
+            and self.replay is None,
             f"--mix {self.mix}: expected a number from 0 to 1": self.mix is not None and not 0 <= self.mix <= 1,
             "tar shards are read from first to last alone: --cache and --replay take the Zarr caches that they were "
             "made from": is_tar_form(self.cache) or is_tar_form(str(self.replay)),

@@ -32,6 +32,7 @@ from hdovd.pipelines.training.training_set import Sample, TrainingSet
 
 SAME_OBJECT, HELD_OUT = 0.5, 10  # IoU; one image in so many is held out
 FEW = 100  # of fewer images none is held out: they are too few to judge by, and to do without
+CLEAR = 3  # boxes more that are named rightly: fewer can be chance
 # What tells the CLIP and the prompts of a class level from others; the precision that it was computed in does not.
 ORIGIN = ("clip.weights_sha256", "clip.architecture", "clip.activation", "clip.format", "templates")
 
@@ -76,7 +77,7 @@ def class_rows(run: RunFolder, cache: FeatureCache, names: Sequence[str]) -> dic
     there = dict(zip(cache.names(Level.CLASS), cache.embeddings(Level.CLASS), strict=True))
     dim, inputs = len(next(iter(own.values()))), value_at(run.record(), "cache.levels.class.inputs")
     wrong = [f"embeddings have {cache.dim} values, expected {dim}"] if cache.dim != dim else []
-    same = own.keys() - set(value_at(run.record(), "adapted.shown") or [])  # the others are not of names alone
+    same = own.keys() - set(value_at(run.record(), "adapted.examples") or [])  # the others are not of names alone
     cosines = {} if wrong else {name: float(row @ own[name]) for name, row in there.items() if name in same}
     wrong += [f"that of {name!r} is another one, cosine {at:.3f}" for name, at in cosines.items() if at < SAME_TEXT]
     wrong += [
@@ -118,15 +119,15 @@ class JudgedSet(TrainingSet):
         super().__init__(split, cache, recipe)
         self.place, self.rows, self.base = torch.tensor([base.index(name) for name in own.base]), rows, base
         images = {image.id: image for image in self.images}  # each once, however often an epoch has it
-        self.taught, self.replay, self.few = dict[int, Tensor](), replay, len(images) < FEW
+        self.taught, self.replay, self.drawn = dict[int, Tensor](), replay, 0
         order = sorted(images.values(), key=lambda image: key_of(recipe.train.seed, -3, image.id))
         told = [image for image in order if len(image.labels)]  # by the others no class is judged
         if not told:
             raise HdovdError(f"{split.annotations}: no image with boxes of its base classes, expected one at least")
-        self.judging = told if self.few else told[: len(order) // HELD_OUT]
+        self.few = len(told) < FEW
+        self.judging = told if self.few else told[: len(told) // HELD_OUT]
         held = set() if self.few else {image.id for image in self.judging}
         self.images = [image for image in self.images if image.id not in held]
-        self.drawn = 0
 
     def targets(self, image: ImageBoxes) -> Targets:
         """By the joined protocol, with the boxes of which the run is sure."""
@@ -159,46 +160,38 @@ class JudgedSet(TrainingSet):
 
 
 def mix_examples(data: JudgedSet, names: Sequence[str], gap: Gap) -> dict[str, np.ndarray]:
-    """(D,) embedding of those of the classes `names` whose own names say nothing: fewer than half of the boxes that the
-    data have of it are named rightly among all classes. It is that of its boxes, moved among the texts, or the mean
-    with its name's: whichever names most of these boxes rightly, each by the others of its class alone. It is told.
+    """(D,) embedding of those of the classes `names` whose own names say nothing: of the boxes that the data have of
+    one, fewer than half are nearer to its name than to those of all other classes. It is that of its boxes, moved among
+    the texts, or the mean with its name's: whichever names most boxes rightly, CLEAR more at least, each of its boxes
+    by the others alone. It is told.
     """
-    images = {image.id: image for image in [*data.images, *data.judging]}.values()
+    if not names:
+        return {}
+    images = {image.id: image for image in data.images}.values()
     found = [(t.labels, t.embeddings) for t in map(data.targets, images)]
     label, rows = torch.cat([one for one, _ in found]), torch.cat([two for _, two in found])
-    mine, texts = [data.base.index(name) for name in names], torch.from_numpy(data.class_embeddings(data.base))
-    shown = torch.isin(label, torch.tensor(mine)) & rows.any(dim=1)  # zeros: not in the cache
-    label, rows = label[shown], F.normalize(rows[shown], dim=1)
-    total = torch.zeros_like(texts).index_add(0, label, rows)
-
-    def mixed(shown: Tensor, texts: Tensor, mix: float) -> Tensor:
-        moved = F.normalize(mix * gap.moved(F.normalize(shown, dim=1)) + (1 - mix) * texts, dim=1)
-        return moved.where(shown.norm(dim=1, keepdim=True) > 1e-3, texts)  # no example, or none but the box itself
-
-    def right(classes: Tensor, mix: float) -> Tensor:
-        """(C,) share of boxes of each class."""
-        scores, changed = rows @ classes.T, (classes != texts).any(dim=1)[label]
-        own = (rows * mixed(total[label] - rows, texts[label], mix)).sum(dim=1)
-        scores[changed, label[changed]] = own[changed]
-        hits = torch.zeros(len(texts)).index_add(0, label, (scores.argmax(dim=1) == label).float())
-        return hits / label.bincount(minlength=len(texts)).clamp(min=1)
-
-    by_name, count = right(texts, 0.0), label.bincount(minlength=len(texts))
-    weak = [k for k in mine if count[k] > 1 and by_name[k] < 0.5]
-    best, reached = texts, float(by_name[weak].sum())
-    for mix in (0.5, 1.0):
-        classes = texts.clone()
-        classes[weak] = mixed(total[weak], texts[weak], mix)
-        if (found_now := float(right(classes, mix)[weak].sum())) > reached:
-            best, reached = classes, found_now
-    if best is texts:
-        return {}
-    told = shorten([f"{data.base[k]} ({by_name[k]:.0%} of {count[k]})" for k in weak])
-    log(
-        f"new classes whose names CLIP finds in fewer than half of their boxes: {told}; they are embedded by their "
-        f"boxes, which name {reached / len(weak):.0%} of each other rightly"
-    )
-    return {data.base[k]: best[k].numpy() for k in weak}
+    label, rows = label[rows.any(dim=1)], F.normalize(rows[rows.any(dim=1)], dim=1)  # zeros: not in the cache
+    texts, mixed, told = torch.from_numpy(data.class_embeddings(data.base)), dict[str, np.ndarray](), list[str]()
+    best, nearest = (rows @ texts.T).topk(2, dim=1)
+    right = nearest[:, 0] == label
+    for name in names:
+        k = data.base.index(name)
+        own, other = label == k, torch.where(nearest[:, 0] == k, best[:, 1], best[:, 0])
+        if not own.any() or 2 * int(right[own].sum()) >= int(own.sum()):
+            continue
+        total, reached = rows[own].sum(dim=0), int(right.sum()) + CLEAR - 1
+        shown = gap.moved(F.normalize(torch.cat([total[None], total - rows[own]]), dim=1))
+        for mix in (0.5, 1.0):
+            row, *each = F.normalize(mix * shown + (1 - mix) * texts[k], dim=1)
+            score = rows @ row
+            score[own] = (rows[own] * torch.stack(each)).sum(dim=1)
+            now = torch.where(own, score > other, right & (score < best[:, 0]))
+            if int(now.sum()) > reached:
+                reached, mixed[name] = int(now.sum()), row.numpy()
+        told += [f"{name} ({int(right[own].sum())} of {int(own.sum())})"] if name in mixed else []
+    if told:
+        log(f"new classes whose names CLIP finds in fewer than half of their boxes, embedded by these: {shorten(told)}")
+    return mixed
 
 
 def with_taught(targets: Targets, taught: Tensor) -> Targets:

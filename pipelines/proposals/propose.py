@@ -35,6 +35,7 @@ from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.device import Team, placed, team
 from hdovd.pipelines.common.process import StopSignal, exit_code
+from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.proposal_files.file import (
     NO_PROPOSALS,
     Proposals,
@@ -168,7 +169,7 @@ def checkpointed(file: Path, job: ProposeConfig, us: Team) -> tuple[ProposalNetw
     """
     (network, origin), protocol = load_network(file, job.recipe), load_protocol(job.protocol)
     known = sorted(set(origin["protocol"]["base"]).difference(protocol.base))
-    if novel := [name for name in known if name in protocol.novel]:
+    if novel := [name for name in known if meaning(name) in map(meaning, protocol.novel)]:
         raise HdovdError(
             f"{file} was trained on boxes of {shorten(novel)}, which {job.protocol} calls novel: its proposals would "
             f"give them away. Train a network with this protocol"

@@ -334,7 +334,7 @@ LONGEST_SIDE_PX = 560
 MOST_BOXES = 40  # of one picture, and all of `threshold` or more
 TEXT_SHARE = 26  # letters are this part of the longer side high
 LOST, FOUND, MISSED, FALSE, APART = (
-    "objects that were found before the adaptation",
+    "objects missed that were found before the adaptation",
     "novel objects found",
     "novel objects missed",
     "false novel detections",

@@ -376,7 +376,7 @@ def test_a_class_whose_name_says_nothing_is_what_its_boxes_are(
         assert rows == {}
         assert said == []
         return
-    assert "in fewer than half of their boxes: hook (0% of 6); they" in said[-1]
+    assert "in fewer than half of their boxes, embedded by these: hook (0 of 6)" in said[-1]
     assert set(rows) == {"hook"}  # the chime's name says what it is
     assert np.linalg.norm(rows["hook"]) == pytest.approx(1, abs=1e-5)
     assert (found[1].embeddings.numpy() @ rows["hook"] > found[1].embeddings.numpy() @ some.rows["boat"]).all()
@@ -413,6 +413,8 @@ def test_how_much_is_trained_is_decided_by_how_much_there_is(
     said = list[str]()
     with lines_to(said.append):
         recipe = planned(distilled, data, [])
+    known = 0.9 * distilled.record()["cache"]["levels"]["boxes"]["inputs"]["images"]["count"]
+    earlier = max(earlier, known)
     seen = anew * (1 + new / earlier) / 4 / 0.8
     assert recipe.train.epochs == round(0.75 * seen / new)
     assert data.drawn == max(round(new / 3), round(seen / recipe.train.epochs) - new)
@@ -437,11 +439,19 @@ def test_how_much_is_trained_is_decided_by_how_much_there_is(
     alone.images, alone.few = [data.images[0]] * 1000, False
     many = planned(distilled, alone, [])
     assert many.detector.backbone.frozen_stages == backbone.frozen_stages
-    assert many.train.epochs == 1
+    assert many.train.epochs == round(anew * (1 + 1000 / known) / 4 / 1000)
     own = planned(distilled, alone, ["train.lr=0.5", "detector.backbone.frozen_stages=2"])
     assert (own.train.lr, own.detector.backbone.frozen_stages) == (0.5, 2)
     monkeypatch.setattr(RunFolder, "entries", lambda _: [])
-    assert planned(distilled, alone, []).train.epochs == 1000 * old.batch_size // 1000  # an import
+    imported = {"imported": {"file": "theirs.pth"}}  # has no log, and knows no cache
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "record", lambda _: imported)
+        assert planned(distilled, alone, []).train.epochs == 1000 * old.batch_size // 1000
+    lost = {"adapted": {}, "init": {"run": "/nowhere"}}
+    with monkeypatch.context() as patch, lines_to(said.append):
+        patch.setattr(RunFolder, "record", lambda _: lost)
+        planned(distilled, alone, [])
+    assert "began with is not here" in said[-2]
     slow = distilled.written_recipe().model_copy(update={"train": old.model_copy(update={"warmup_iterations": 1000})})
     monkeypatch.setattr(RunFolder, "written_recipe", lambda _: slow)
     short = planned(distilled, alone, ["train.epochs=2", "train.batch_size=50"])
@@ -472,6 +482,16 @@ def test_a_chain_of_adaptations_is_planned_from_its_first_run(distilled: RunFold
     assert [adapted_from(run)[-1].path for run in runs] == [distilled.path] * 3
     shutil.rmtree(runs[1].path)
     assert [run.path for run in adapted_from(runs[2])] == [runs[2].path]
+
+
+@pytest.mark.parametrize(
+    ("most", "accumulate", "world", "found"),
+    [(16, 1, 1, (16, 1)), (10, 16, 1, (10, 2)), (32, 8, 3, (30, 2)), (8, 8, 2, (8, 4)), (2, 4, 4, (4, 1))],
+)
+def test_batches_are_shared_by_processes(most: int, accumulate: int, world: int, found: tuple[int, int]) -> None:
+    batch, settings = stage.parted(most, accumulate, world)
+    assert (batch, settings) == (found[0], [f"train.batch_size={found[0]}", f"train.accumulate={found[1]}"])
+    assert batch % (world * found[1]) == 0
 
 
 # --- the whole ---
