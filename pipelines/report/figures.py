@@ -399,6 +399,7 @@ def _panel(run: OneRun, verdicts: ImageVerdicts, protocol: Protocol, threshold: 
         "found": len(found & objects.keys()),
         "novel": len(novel),
         "novel_found": found & novel,
+        "lost": sum(k not in found and t.annotation_id in run.lost for k, t in objects.items()),
         "novel_false": any(
             group_of(d.label, protocol) == "novel" and d.kind not in (Kind.RIGHT, Kind.IGNORED) for d in counted
         ),

@@ -806,6 +806,7 @@ def test_eval_and_report_take_data_that_know_all_classes(adapted: tuple[RunFolde
     text = (copied_world / "page" / "index.html").read_text()
     assert "old novel" in text
     assert text.count(f"missed, and found before the adaptation: {name}") == 1
+    assert text.count("; 1 missed that was found before<") == 1
     first = text.index('<article class="card"')  # the picture of it is the first one
     assert f'aria-label="image {lost["image_id"]}"' in text[first : text.index(">", first)]
     (adapted[0].path / "retention.json").write_text(before)
