@@ -2,16 +2,15 @@
 what it says itself of the new ones, and to its own weights. It is a data set and a recipe laid over `train`.
 
 Weights in between those of before and after (WiSE-FT, arXiv 2109.01903) keep what fine-tuning forgets. How far between
-is chosen by AP50 on pictures held out of training: the best for the classes of the new data which costs the run's other
-base classes little, on earlier pictures where there are any, else by the boxes of which the run is sure. Novel classes
-have no part in it.
+is chosen by AP50: the best for the classes of the new data, on pictures held out of training, which costs the run's
+other base classes little, on validation pictures of its data, else on earlier pictures held out now, else by the boxes
+of which the run is sure. Novel classes have no part in it.
 """
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from math import gcd
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,46 +22,29 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from hdovd.cache.identity import differences
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import Recipe, load_recipe
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError
 from hdovd.core.log import log, quiet
 from hdovd.core.text_files import read_json
-from hdovd.data.coco import DataPaths, ImageBoxes, read_instances
+from hdovd.data.coco import DataPaths, ImageBoxes
 from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
-from hdovd.evaluation.coco import found_of
-from hdovd.evaluation.matching import find_overlaps, match
 from hdovd.modeling.base import Detector
-from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.adaptation.config import AdaptConfig
-from hdovd.pipelines.adaptation.data import (
-    HELD_OUT,
-    SAME_OBJECT,
-    JudgedSet,
-    class_rows,
-    groups_between,
-    joined_protocol,
-    mix_examples,
-)
-from hdovd.pipelines.calibration.values import VALUES
+from hdovd.pipelines.adaptation.data import SAME_OBJECT, JudgedSet, class_rows, joined_protocol, mix_examples
+from hdovd.pipelines.adaptation.plan import adapted_from, chain_of, parted, planned
+from hdovd.pipelines.adaptation.retention import retention
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
-from hdovd.pipelines.common.device import pick_device, team
+from hdovd.pipelines.common.device import team
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.dataloading.sampler import key_of
 from hdovd.pipelines.detection.examples import Gap
-from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
-from hdovd.pipelines.evaluation.evaluate import Validation, load_detector, results
+from hdovd.pipelines.evaluation.evaluate import Validation, load_detector
 from hdovd.pipelines.extraction.source import data_of_cache, extraction_of, set_of_run
-from hdovd.pipelines.runs.folder import RunFolder, Weights
-from hdovd.pipelines.runs.listing import ap, table_lines
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.listing import ap
 from hdovd.pipelines.training.loop import weights_of
 from hdovd.pipelines.training.train import tell_cache, train_on
 
-SHORTER = 4  # so many times less training than the run would need anew, with the new pictures among its own
-FROZEN = 0.8  # of the time of a step is that of one in which the backbone stays as it is
-MANY = 1000  # new pictures; with fewer it does
-SLOWER = 4  # so many times smaller a learning rate than the run's, where there is little to learn or forget by
-MOST_EPOCHS, LEAST_SHARE = 20, 0.25  # how often a new picture is seen at most; share of earlier ones at least
-LONGEST = 4000  # steps that a run is taken to have had where it does not say
 SURE = 0.5  # score of a box that the run teaches
 MOST_LOST = 1.5  # points of AP50 that interpolation may cost the old base classes
 BY_HEART = 3  # times as much as of others is lost of pictures that the run was trained on
@@ -169,20 +151,6 @@ def _with_examples(data: JudgedSet, run: RunFolder) -> list[str]:
     return sorted({*mixed, *(value_at(run.record(), "adapted.examples") or [])})
 
 
-def chain_of(run: RunFolder, tried: tuple[Path, ...] = ()) -> list[RunFolder]:
-    """A run, the one whose weights it began with, that of this one, and so on, as far as they are here."""
-    start = value_at(run.record(), "init.run")
-    before = Path(str(start))
-    more = start is not None and before not in tried and (before / "run.json").is_file()
-    return [run, *(chain_of(RunFolder(before), (*tried, before)) if more else [])]
-
-
-def adapted_from(run: RunFolder) -> list[RunFolder]:
-    """Of the chain of a run the adaptations, the last first, and the run that they began with, if it is here."""
-    chain = chain_of(run)
-    return chain[: next((n for n, one in enumerate(chain, start=1) if "adapted" not in one.record()), len(chain))]
-
-
 def _replayed(config: AdaptConfig, run: RunFolder, recipe: Recipe, joined: Protocol, rows: Any) -> JudgedSet:
     """The training set of the run, or of one whose weights it began with. Raises HdovdError for another cache."""
     chain, reasons = chain_of(run), list[str]()
@@ -199,62 +167,6 @@ def _replayed(config: AdaptConfig, run: RunFolder, recipe: Recipe, joined: Proto
         split = data.load("train2017", own, base_only=True, exif=recipe.input.exif)
         return JudgedSet(split, FeatureCache(where, name, checked=config.checksums), recipe, own, rows, joined.base)
     raise HdovdError(f"--replay {config.replay} is not the cache that RUN was trained from: {reasons[0]}")
-
-
-def parted(batch: int, accumulate: int, world: int) -> tuple[int, list[str]]:
-    """The largest batch up to `batch` that processes share evenly, one picture each at least, and its settings."""
-    batch = max(world, batch // world * world)
-    return batch, [f"train.batch_size={batch}", f"train.accumulate={gcd(batch // world, accumulate)}"]
-
-
-def planned(
-    run: RunFolder, data: JudgedSet, settings: Sequence[str], share: float | None = None, world: int = 1
-) -> Recipe:
-    """The recipe of a run with how much of it is trained on data and for how long, and `settings` over that; told in a
-    line. How many earlier pictures an epoch of `data` has becomes what `share` says, or what fills the time that there
-    is where no new picture is seen more than MOST_EPOCHS times. `world`: processes.
-    """
-    first, file, pictures = adapted_from(run)[-1], str(run.path / "config.toml"), len(data.images)
-    old, entries, weights = first.written_recipe(), first.entries(), run.record().get("reliability", {})
-    if "adapted" in first.record():
-        log(f"note: the run that {first.path} began with is not here: how much is trained follows {first.path} itself")
-    backbone, done = old.detector.backbone, int(entries[-1]["step"]) if entries else None  # an import has no log
-    held = 0 if data.few else len(data.judging)
-    # The stages of other libraries' backbones are not always known, and so not frozen.
-    frozen = pictures + held < MANY and ":" not in backbone.name
-    seen = (done or LONGEST) * old.train.batch_size / SHORTER / (FROZEN if frozen else 1)  # pictures
-    known = (value_at(first.record(), "cache.levels.boxes.inputs.images.count") or 0) * (1 - 1 / HELD_OUT)
-    if earlier := max(known, 0 if data.replay is None else len(data.replay.images)):
-        seen *= 1 + pictures / earlier
-    least = 0.0 if data.replay is None else share or LEAST_SHARE
-    epochs = min(MOST_EPOCHS, max(1, round(seen * (1 - least) / pictures)))
-    if data.replay is not None:
-        fewest = max(1, round(pictures * least / (1 - least)))
-        data.drawn = fewest if share else max(fewest, round(seen / epochs) - pictures)
-    an_epoch = len(data)
-    _, parts = parted(min(old.train.batch_size, 1 << (an_epoch.bit_length() - 1)), old.train.accumulate, world)
-    auto = "auto" in (getattr(old.pseudo_boxes, f"reliability_{name}") for name in VALUES)
-    plan = [
-        *parts,
-        f"train.epochs={epochs}",
-        "train.schedule=cosine",
-        "pseudo_boxes.from_epoch=1",
-        "loss.class.federated=true",
-        f"detector.backbone.frozen_stages={5 if frozen else backbone.frozen_stages}",
-        *(f"pseudo_boxes.reliability_{name}={weights[name]!r}" for name in VALUES if auto and name in weights),
-    ]
-    asked = load_recipe(file, [*plan, *settings]).train
-    warm_up = min(old.train.warmup_iterations, asked.epochs * max(1, an_epoch // asked.batch_size) // 10)
-    lr = old.train.lr * asked.batch_size / old.train.batch_size / (SLOWER if data.few or data.replay is None else 1)
-    recipe = load_recipe(file, [*plan, f"train.lr={lr!r}", f"train.warmup_iterations={warm_up}", *settings])
-    had = "an unknown number of" if done is None else f"{done:,d}"
-    log(
-        f"{pictures:,d} new pictures and {held:,d} held out, {data.drawn:,d} earlier ones an epoch: "
-        f"train.epochs={recipe.train.epochs} (the "
-        f"run had {had} steps), train.batch_size={recipe.train.batch_size}, train.lr={recipe.train.lr:.2g}, "
-        f"detector.backbone.frozen_stages={recipe.detector.backbone.frozen_stages}; --set says otherwise"
-    )
-    return recipe
 
 
 def _old_validation(config: AdaptConfig, run: RunFolder) -> list[tuple[DataPaths, Protocol]]:
@@ -410,88 +322,4 @@ def _mix(
         "tensors": len(names),
         "judged": len(judging),
         "table": [tried[one] for one in sorted(tried)],
-    }
-
-
-def compare(job: EvalConfig) -> str:
-    """`hdovd eval --before`: `retention` of a run on one data set. Raises HdovdError for bad input."""
-    paths, weights = {"before": job.before or job.run, "after": job.run}, {"after": job.weights}
-    runs = {which: RunFolder.open(path, trusted=job.trust) for which, path in paths.items()}
-    return retention(runs, [job.data], pick_device(job.device), weights, job.batch_size, job.workers)
-
-
-def retention(
-    runs: Mapping[str, RunFolder],
-    data: Sequence[DataPaths],
-    device: torch.device,
-    weights: Mapping[str, Weights] = {},
-    batch_size: int = 16,
-    workers: int | None = None,
-) -> str:
-    """AP50 of each run ("before", "after" and others) on each data set, by groups of classes, and the objects that were
-    found before and are missed after, by image and annotation id: written into the run after, and returned as a table.
-    Counted are those of its classes that the annotations know, by all runs alike: one without boxes before is novel to
-    the run before, and found by its name.
-
-    Args:
-        weights: which of a run's, where it is not the last.
-
-    Raises HdovdError for data without any of the classes.
-    """
-    before, after = runs["before"].protocol(), runs["after"].protocol()
-    rows, lines, tree = list[list[str]](), list[str](), list[dict[str, Any]]()
-    texts = dict(zip(after.names, runs["after"].class_embeddings().float(), strict=True))
-    for one in data:
-        known = read_instances(*one.locate("val2017"))
-        names = [name for name in after.names if name in known.names.values()]
-        if not names:
-            raise HdovdError(f"{known.file} knows none of the {len(after.names)} classes of {runs['after'].path}")
-        of = {group: tuple(n for n in own if n in names) for group, own in groups_between(before, after).items()}
-        ap50, seen, groups = dict[str, Any](), dict[str, set[Any]](), {group: own for group, own in of.items() if own}
-        for which, run in runs.items():
-            own = (before if which == "before" else after).base
-            protocol = replace(
-                after,
-                base=tuple(name for name in names if name in own),
-                novel=tuple(name for name in names if name not in own),
-                groups=groups,
-                federated=bool(known.absent),
-            )
-            with quiet(which != "before"):  # what is left out is the same for all
-                validation = Validation(
-                    one, protocol, device, exif=run.recipe().input.exif, batch_size=batch_size, workers=workers
-                )
-            every = torch.stack([texts[name] for name in protocol.names])
-            said = validation.run(
-                load_detector(run, every.shape[1], device, weights.get(which, Weights.LAST).file), every
-            )
-            ap50[which], seen[which] = said.combined.summary()["ap50"], _found(validation, said.detections)
-        missed = sorted(seen["before"] - seen["after"])
-        rows += [
-            [str(known.file), g, str(len(own)), *(ap(ap50[which][g]) for which in runs)] for g, own in groups.items()
-        ]
-        lines.append(
-            f"{known.file}: {len(missed)} of {len(seen['before'])} objects found before are missed now: "
-            f"{shorten([f'{name} in image {image}' for image, _, name in missed], 4) or 'none'}"
-        )
-        tree += [{"data": str(known.file), "groups": groups, "ap50": ap50, "missed": missed}]
-    write_text(runs["after"].path / "retention.json", json.dumps(tree, indent=1))
-    head, nothing = ["AP50 in percent on", "classes", "", *runs], "no validation images: no AP before and after"
-    return "\n".join([*table_lines(head, rows, {*head[2:]}), *lines]) if lines else nothing
-
-
-def _found(validation: Validation, detections: list[Detections]) -> set[tuple[int, int, str]]:
-    """Image, annotation and class of the objects that were found, with a score that is shown. Of an image, objects are
-    in the split's order, and after them crowds that hold all of it.
-    """
-    split, protocol, objects = validation.split, validation.protocol, validation.truth.objects
-    sure = [Detections(d.boxes[k], d.scores[k], d.labels[k]) for d in detections for k in [d.scores >= SHOWN_SCORE]]
-    found, order = found_of(results(split, sure), split.coco_ids), np.argsort(objects.image_ids, kind="stable")
-    matching = match(found, objects, find_overlaps(found, objects), max(protocol.max_detections))
-    first = np.searchsorted(objects.image_ids, [image.id for image in split.images], sorter=order)
-    return {
-        (image.id, number, protocol.names[label])
-        for at, image in zip(first.tolist(), split.images, strict=True)
-        for k, (number, label) in enumerate(zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True))
-        if matching.finder[order[at + k]] >= 0
     }

@@ -33,9 +33,11 @@ from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
 from hdovd.data.targets import Targets
 from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.adaptation import adapt as stage
-from hdovd.pipelines.adaptation.adapt import adapt, adapted_from, planned
+from hdovd.pipelines.adaptation.adapt import adapt
 from hdovd.pipelines.adaptation.config import AdaptConfig
 from hdovd.pipelines.adaptation.data import JudgedSet, class_rows, joined_protocol, mix_examples, with_taught
+from hdovd.pipelines.adaptation.plan import MOST_EPOCHS, adapted_from, parted, planned
+from hdovd.pipelines.adaptation.retention import retention
 from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.dataloading.sampler import Draw, Streams
 from hdovd.pipelines.demo.world import BASE, NOVEL, make_world
@@ -429,12 +431,12 @@ def test_how_much_is_trained_is_decided_by_how_much_there_is(
     data.few = False
     assert planned(distilled, data, []).train.lr == old.lr
     few.images = few.images[:2]
-    assert planned(distilled, few, []).train.epochs == stage.MOST_EPOCHS  # no new picture is seen more often
+    assert planned(distilled, few, []).train.epochs == MOST_EPOCHS  # no new picture is seen more often
     seen = anew * (1 + 2 / earlier) / 4 / 0.8
-    assert len(few) * stage.MOST_EPOCHS == pytest.approx(seen, abs=stage.MOST_EPOCHS)  # the rest are earlier ones
+    assert len(few) * MOST_EPOCHS == pytest.approx(seen, abs=MOST_EPOCHS)  # the rest are earlier ones
     alone = replace_replay(few, None)
     plan = planned(distilled, alone, [])
-    assert (alone.drawn, plan.train.batch_size, plan.train.epochs) == (0, 2, stage.MOST_EPOCHS)
+    assert (alone.drawn, plan.train.batch_size, plan.train.epochs) == (0, 2, MOST_EPOCHS)
     assert plan.train.lr == pytest.approx(old.lr / 4 * 2 / old.batch_size)
     alone.images, alone.few = [data.images[0]] * 1000, False
     many = planned(distilled, alone, [])
@@ -489,7 +491,7 @@ def test_a_chain_of_adaptations_is_planned_from_its_first_run(distilled: RunFold
     [(16, 1, 1, (16, 1)), (10, 16, 1, (10, 2)), (32, 8, 3, (30, 2)), (8, 8, 2, (8, 4)), (2, 4, 4, (4, 1))],
 )
 def test_batches_are_shared_by_processes(most: int, accumulate: int, world: int, found: tuple[int, int]) -> None:
-    batch, settings = stage.parted(most, accumulate, world)
+    batch, settings = parted(most, accumulate, world)
     assert (batch, settings) == (found[0], [f"train.batch_size={found[0]}", f"train.accumulate={found[1]}"])
     assert batch % (world * found[1]) == 0
 
@@ -756,7 +758,7 @@ def test_what_is_found_no_more_is_named(
         return Validated(found, combined, combined)
 
     monkeypatch.setattr(Validation, "run", run)
-    stage.retention({"before": distilled, "after": adapted[0]}, [DataPaths(world)], torch.device("cpu"))
+    retention({"before": distilled, "after": adapted[0]}, [DataPaths(world)], torch.device("cpu"))
     missed = json.loads((adapted[0].path / "retention.json").read_text())[0]["missed"]
     names, first = {c["id"]: c["name"] for c in tree["categories"]}, dict[int, tuple[int, str]]()
     for a in tree["annotations"]:
