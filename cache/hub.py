@@ -7,6 +7,7 @@ used. Nothing that the client says is repeated, since it may hold a token.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,7 +20,6 @@ from typing import Any
 
 from hdovd.cache.identity import SEAL, hash_file, sealed
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log
 from hdovd.core.user_cache import user_cache_folder
 
 LIST = "hdovd.json"
@@ -102,7 +102,7 @@ def pulled(url: Path | str, kind: str) -> Path:
             content = Path(client.snapshot_download(repo, revision=commit, allow_patterns=sorted(tops), **options))
             wrong = _wrong(content, files)
             for name in filter(wrong.get, wrong):
-                log(f"{url}: {name} is not what was pushed, and is downloaded anew")
+                logging.getLogger(__name__).info(f"{url}: {name} is not what was pushed, and is downloaded anew")
                 with suppress(ValueError):
                     get(name, revision=commit, force_download=True)
             if wrong := _wrong(content, {name: files[name] for name in wrong}):

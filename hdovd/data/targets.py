@@ -44,6 +44,10 @@ class Targets:
         """Mirrored left to right in an image of `width` pixels; rows keep their places."""
         return replace(self, boxes=flip_boxes(self.boxes, width), pseudo_boxes=flip_boxes(self.pseudo_boxes, width))
 
+    def scaled(self, x: float, y: float) -> "Targets":
+        """All coordinates multiplied by the resize factors of the two axes."""
+        return scale_all([self], [(x, y)])[0]
+
     def with_first_pseudo_boxes(self, most: int | None) -> "Targets":
         """Keeps the first `most` pseudo boxes; None: all."""
         return replace(

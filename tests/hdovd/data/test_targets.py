@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hdovd.data.targets import Targets, scale_all, with_large_pseudo_boxes
+from hdovd.data.targets import Targets, with_large_pseudo_boxes
 
 DIM = 3
 
@@ -54,7 +54,7 @@ def test_flip_agrees_with_the_flipped_picture() -> None:
 
 
 def test_scale_takes_each_axis_by_its_factor() -> None:
-    scaled = scale_all([example()], [(2.0, 0.5)])[0]
+    scaled = example().scaled(2.0, 0.5)
     assert scaled.boxes.tolist() == [[2, 1, 22, 11], [80, 0, 200, 25]]
     assert scaled.pseudo_boxes.tolist() == [[6, 2, 26, 12], [8, 2, 68, 4.5]]
     assert scaled.labels.tolist() == [5, 1]
