@@ -84,7 +84,7 @@ def test_none_left(sides: list[tuple[float, float]]) -> None:
     assert targets.pseudo_boxes.shape == (0, 4)
     assert targets.pseudo_embeddings.shape == (0, DIM)
     assert targets.pseudo_texts.shape == (0, DIM)
-    assert scale_all([targets.flipped(100)], [(2.0, 2.0)])[0].all_boxes.shape == (2, 4)
+    assert targets.flipped(100).scaled(2.0, 2.0).all_boxes.shape == (2, 4)
 
 
 def test_to_keeps_every_field_in_its_place() -> None:
