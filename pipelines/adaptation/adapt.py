@@ -73,6 +73,7 @@ def adapt(config: AdaptConfig) -> RunFolder:
         own, joined, data = _data(config, run)
         olds = _old_validation(config, run)
         shown = _with_examples(data, run) if config.examples and data.recipe.loss.uses_pseudo_boxes else []
+        judges = _old_judges(run, data, olds)  # before training: what cannot be read is an error at once
         recipe = planned(run, data, config.settings, config.share, us.world)
         earlier = [data.replay] if data.replay is not None else []
         for part in (data, *earlier):
@@ -99,7 +100,6 @@ def adapt(config: AdaptConfig) -> RunFolder:
             for part in earlier:
                 tell_cache(part.cache, new)
             if (known := new.record().get("mix")) is None or config.mix not in (None, known["factor"]):
-                judges = _old_judges(run, data, olds)
                 new.add_to_record(mix=_mix(run, new, data, judges, config.mix, us.device))
         us.wait()
         runs = {"before": run, "after": new}
