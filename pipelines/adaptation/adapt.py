@@ -30,7 +30,7 @@ from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
 from hdovd.modeling.base import Detector
 from hdovd.pipelines.adaptation.config import AdaptConfig
 from hdovd.pipelines.adaptation.data import SAME_OBJECT, JudgedSet, class_rows, joined_protocol, mix_examples
-from hdovd.pipelines.adaptation.plan import adapted_from, chain_of, parted, planned
+from hdovd.pipelines.adaptation.plan import adapted_from, chain_of, plain, planned
 from hdovd.pipelines.adaptation.retention import retention
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.device import team
@@ -50,15 +50,6 @@ MOST_LOST = 1.5  # points of AP50 that interpolation may cost the old base class
 BY_HEART = 3  # times as much as of others is lost of pictures that the run was trained on
 MOST_JUDGED = 500  # validation images
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)
-NAIVE = (  # to compare with: boxes alone, and what has none is background
-    "loss.class.federated=false",
-    "loss.instance.alignment_weight=0.0",
-    "loss.instance.relation_weight=0.0",
-    "loss.image.weight=0.0",
-    "loss.extra={}",
-    "pseudo_boxes.min_side=1e9",
-)
-NAIVE_TEXT = ("detector.text.alignment_weight=0.0", "detector.text.relation_weight=0.0")  # of detectors of queries
 
 
 def adapt(config: AdaptConfig) -> RunFolder:
@@ -105,20 +96,11 @@ def adapt(config: AdaptConfig) -> RunFolder:
         runs = {"before": run, "after": new}
         if config.compare_naive:
             log("plain fine-tuning, to compare with:")
-            of_text, pictures = NAIVE_TEXT if hasattr(recipe.detector, "text") else (), len(data.images)
-            batch, parts = parted(min(recipe.train.batch_size, pictures), recipe.train.accumulate, us.world)
-            warm_up = recipe.train.epochs * max(1, pictures // batch) // 10
-            parts += [f"train.warmup_iterations={min(recipe.train.warmup_iterations, warm_up)}"]
-            recipe = load_recipe(str(new.path / "config.toml"), [*NAIVE, *of_text, *parts])
-            alone = JudgedSet(data.split, data.cache, recipe, own, data.rows, joined.base)
-            runs["naive"] = train_on(
-                replace(config, out=config.out / "naive", recipe=recipe),
-                us,
-                stop,
-                joined,
-                alone,
-                {"adapted": about | {"naive": True, "teacher": False, "replay": {}}},
-            )
+            naive = plain(new, len(data.images), us.world)
+            alone = JudgedSet(data.split, data.cache, naive, own, data.rows, joined.base)
+            of_naive = {"adapted": about | {"naive": True, "teacher": False, "replay": {}}}
+            asked = replace(config, out=config.out / "naive", recipe=naive)
+            runs["naive"] = train_on(asked, us, stop, joined, alone, of_naive)
         if us.leads:
             every = [*([config.validation] if config.validation else []), *(old for old, _ in olds)]
             once = {one.annotation_file("val2017").resolve(): one for one in every}
@@ -143,12 +125,14 @@ def _with_examples(data: JudgedSet, run: RunFolder) -> list[str]:
     """The data's embeddings of classes that the run does not know become those of their boxes, where `mix_examples`
     finds these better. Returns the classes whose embeddings are not of their names alone, of earlier adaptations too.
     """
-    known = run.protocol()
+    known, before = run.protocol(), value_at(run.record(), "adapted.examples") or []
+    if not (names := [name for name in data.base if name not in known.names]):
+        return before
     source, base = (data.replay, known.base) if data.replay is not None else (data, data.base)
     gap = Gap.of(source.cache, torch.from_numpy(data.class_embeddings(base)))
-    mixed = mix_examples(data, [name for name in data.base if name not in known.names], gap)
+    mixed = mix_examples(data, names, gap)
     data.rows.update(mixed)
-    return sorted({*mixed, *(value_at(run.record(), "adapted.examples") or [])})
+    return sorted({*mixed, *before})
 
 
 def _replayed(config: AdaptConfig, run: RunFolder, recipe: Recipe, joined: Protocol, rows: Any) -> JudgedSet:

@@ -14,9 +14,18 @@ from hdovd.pipelines.runs.folder import RunFolder
 SHORTER = 4  # so many times less training than the run would need anew, with the new pictures among its own
 FROZEN = 0.8  # of the time of a step is that of one in which the backbone stays as it is
 MANY = 1000  # new pictures; with fewer the backbone stays as it is
-SLOWER = 4  # so many times smaller a learning rate than the run's, where there is little to learn or forget by
+SLOWER = 4  # so many times smaller a learning rate than the run's, with few pictures, or without earlier ones
 MOST_EPOCHS, LEAST_SHARE = 20, 0.25  # how often a new picture is seen at most; share of earlier ones at least
 LONGEST = 4000  # steps that a run is taken to have had where it does not say
+NAIVE = (  # to compare with: boxes alone, and what has none is background
+    "loss.class.federated=false",
+    "loss.instance.alignment_weight=0.0",
+    "loss.instance.relation_weight=0.0",
+    "loss.image.weight=0.0",
+    "loss.extra={}",
+    "pseudo_boxes.min_side=1e9",
+)
+NAIVE_TEXT = ("detector.text.alignment_weight=0.0", "detector.text.relation_weight=0.0")  # of detectors of queries
 
 
 def chain_of(run: RunFolder, tried: tuple[Path, ...] = ()) -> list[RunFolder]:
@@ -82,8 +91,17 @@ def planned(
     had = "an unknown number of" if done is None else f"{done:,d}"
     log(
         f"{pictures:,d} new pictures and {held:,d} held out, {data.drawn:,d} earlier ones an epoch: "
-        f"train.epochs={recipe.train.epochs} (the "
-        f"run had {had} steps), train.batch_size={recipe.train.batch_size}, train.lr={recipe.train.lr:.2g}, "
+        f"train.epochs={recipe.train.epochs} (the run had {had} steps), "
+        f"train.batch_size={recipe.train.batch_size}, train.lr={recipe.train.lr:.2g}, "
         f"detector.backbone.frozen_stages={recipe.detector.backbone.frozen_stages}; --set says otherwise"
     )
     return recipe
+
+
+def plain(run: RunFolder, pictures: int, world: int = 1) -> Recipe:
+    """The recipe of an adapted run as that of plain fine-tuning on its new pictures alone."""
+    file, recipe = str(run.path / "config.toml"), run.written_recipe()
+    batch, parts = parted(min(recipe.train.batch_size, pictures), recipe.train.accumulate, world)
+    warm_up = min(recipe.train.warmup_iterations, recipe.train.epochs * max(1, pictures // batch) // 10)
+    of_text = NAIVE_TEXT if hasattr(recipe.detector, "text") else ()
+    return load_recipe(file, [*NAIVE, *of_text, *parts, f"train.warmup_iterations={warm_up}"])
