@@ -13,6 +13,7 @@ from hdovd.pipelines.runs.folder import RunFolder
 
 SHORTER = 4  # so many times less training than the run would need anew, with the new pictures among its own
 FROZEN = 0.8  # of the time of a step is that of one in which the backbone stays as it is
+ALL_STAGES = 5  # of a backbone
 MANY = 1000  # new pictures; with fewer the backbone stays as it is
 SLOWER = 4  # so many times smaller a learning rate than the run's, with few pictures, or without earlier ones
 MOST_EPOCHS, LEAST_SHARE = 20, 0.25  # how often a new picture is seen at most; share of earlier ones at least
@@ -62,8 +63,10 @@ def planned(
     backbone, done = old.detector.backbone, int(entries[-1]["step"]) if entries else None  # an import has no log
     held = 0 if data.few else len(data.judging)
     # The stages of other libraries' backbones are not always known, and so not frozen.
-    frozen = pictures + held < MANY and ":" not in backbone.name
-    seen = (done or LONGEST) * old.train.batch_size / SHORTER / (FROZEN if frozen else 1)  # pictures
+    at_rest = pictures + held < MANY and ":" not in backbone.name
+    stages = f"detector.backbone.frozen_stages={ALL_STAGES if at_rest else backbone.frozen_stages}"
+    at_rest = load_recipe(file, [stages, *settings]).detector.backbone.frozen_stages == ALL_STAGES
+    seen = (done or LONGEST) * old.train.batch_size / SHORTER / (FROZEN if at_rest else 1)  # pictures
     known = (value_at(first.record(), "cache.levels.boxes.inputs.images.count") or 0) * (1 - 1 / HELD_OUT)
     if earlier := max(known, 0 if data.replay is None else len(data.replay.images)):
         seen *= 1 + pictures / earlier
@@ -81,7 +84,7 @@ def planned(
         "train.schedule=cosine",
         "pseudo_boxes.from_epoch=1",
         "loss.class.federated=true",
-        f"detector.backbone.frozen_stages={5 if frozen else backbone.frozen_stages}",
+        stages,
         *(f"pseudo_boxes.reliability_{name}={weights[name]!r}" for name in VALUES if auto and name in weights),
     ]
     asked = load_recipe(file, [*plan, *settings]).train

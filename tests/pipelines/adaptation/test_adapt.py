@@ -444,6 +444,8 @@ def test_how_much_is_trained_is_decided_by_how_much_there_is(
     assert many.train.epochs == round(anew * (1 + 1000 / known) / 4 / 1000)
     own = planned(distilled, alone, ["train.lr=0.5", "detector.backbone.frozen_stages=2"])
     assert (own.train.lr, own.detector.backbone.frozen_stages) == (0.5, 2)
+    rests = planned(distilled, alone, ["detector.backbone.frozen_stages=5"])  # asked for: steps are shorter then
+    assert rests.train.epochs == round(anew * (1 + 1000 / known) / 4 / 0.8 / 1000) > many.train.epochs
     monkeypatch.setattr(RunFolder, "entries", lambda _: [])
     imported = {"imported": {"file": "theirs.pth"}}  # has no log, and knows no cache
     with monkeypatch.context() as patch:
