@@ -16,7 +16,7 @@ from hdovd.core.errors import HdovdError, counted
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.images import decode
-from hdovd.pipelines.detection.detector import load_same_clip
+from hdovd.pipelines.detection.names import load_same_clip
 from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.crops import NO_FILE, Picture
 from hdovd.pipelines.embedding.embedders import Pictures

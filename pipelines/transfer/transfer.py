@@ -19,7 +19,7 @@ from hdovd.data.coco import DataPaths, read_instances
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.name_list import shipped
-from hdovd.pipelines.detection.detector import NameEmbedder
+from hdovd.pipelines.detection.names import NameEmbedder
 from hdovd.pipelines.evaluation.config import ZERO_SHOT, EvalConfig
 from hdovd.pipelines.evaluation.evaluate import EvalResult, evaluate_by
 from hdovd.pipelines.runs.folder import RunFolder

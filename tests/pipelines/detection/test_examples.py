@@ -21,9 +21,11 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.detection.detector import Detector, NameEmbedder
+from hdovd.pipelines.detection import names as name_embedding
+from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.detection.evaluate_examples import evaluate_examples
 from hdovd.pipelines.detection.examples import Gap, read_examples
+from hdovd.pipelines.detection.names import NameEmbedder
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder
 
@@ -95,10 +97,10 @@ def test_pictures_of_python_are_examples_too(embedder: NameEmbedder, crops: Path
 def test_clip_is_loaded_once_until_it_is_forgotten(
     embedder: NameEmbedder, crops: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hdovd.pipelines.detection import detector
-
-    loads, load = list[bool](), detector.load_text_tower
-    monkeypatch.setattr(detector, "load_text_tower", lambda *given: (loads.append(len(given) > 3), load(*given))[1])
+    loads, load = list[bool](), name_embedding.load_text_tower
+    monkeypatch.setattr(
+        name_embedding, "load_text_tower", lambda *given: (loads.append(len(given) > 3), load(*given))[1]
+    )
     examples = read_examples(crops)
     embedder.embed(["never named"])  # its text tower alone
     first, second = embedder.embed_examples(examples), embedder.embed_examples(examples)

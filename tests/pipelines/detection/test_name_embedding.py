@@ -21,8 +21,8 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
-from hdovd.pipelines.detection import detector as name_embedding
-from hdovd.pipelines.detection.detector import NameEmbedder
+from hdovd.pipelines.detection import names as name_embedding
+from hdovd.pipelines.detection.names import NameEmbedder
 from hdovd.pipelines.runs.folder import RunFolder
 
 CPU = torch.device("cpu")
