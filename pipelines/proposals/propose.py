@@ -28,7 +28,7 @@ from hdovd.cache.identity import key_of
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError, Stopped, counted, shorten
 from hdovd.core.log import log, quiet
-from hdovd.data.coco import Split, read_instances
+from hdovd.data.coco import ImageBoxes, Split, read_instances
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.evaluation.recall import THRESHOLDS, found_at, recall
 from hdovd.modeling.proposals.base import ProposalNetwork
@@ -292,13 +292,14 @@ def found_parts(
     selection: Selection,
     us: Team,
     stop: StopSignal,
-    names: Callable[[Tensor], Any] | None = None,
+    kept: Callable[[ImageBoxes, Tensor, Tensor], tuple[Tensor, Tensor, list[Any]]] | None = None,
 ) -> Parts:
     """What a network finds in the images of a split, in parts, of which each process writes its own that are not there.
 
     Args:
         recipe: of which batch size and workers are taken. origin: all that made the parts, as JSON has it.
-        names: of a detector, whose scores are (n, 1 + N): what to tell of a box by its N scores, a JSON value.
+        kept: of a detector, whose scores are (n, 1 + N), instead of `selection`: the boxes to keep of an image, their
+            scores, highest first, and what to tell of each, JSON values.
 
     Raises Stopped if a signal came.
     """
@@ -306,20 +307,24 @@ def found_parts(
     mine = [part for part in parts.numbers() if not parts.is_done(part)][us.rank :: us.world]
     us.wait()  # all have looked, before the first one writes
     numbers = [number for part in mine for number in parts.rows(part)]
-    results = found_in(Pictures(split, recipe), numbers, network, us, "propose" if names is None else "relabel")
+    results = found_in(Pictures(split, recipe), numbers, network, us, "propose" if kept is None else "relabel")
     for part in mine:
         found, unreadable, named = dict[int, Proposals](), list[str](), list[Any]()
         for number, (picture, boxes, scores) in zip(parts.rows(part), results, strict=False):
             stop_if_asked(stop, f"proposing; whole parts are in {parts.folder}")
-            image, score = split.images[number], scores if names is None else scores[:, 0]
+            image = split.images[number]
             if picture.problem:
                 unreadable.append(picture.problem)
                 continue
             boxes = clip_boxes_to_image(boxes, (image.height, image.width))
-            keep = selection.keep(boxes, score, torch.from_numpy(image.boxes))
-            found[picture.image_id] = Proposals(boxes[keep].numpy(), score[keep].numpy())
-            named.append([] if names is None else [names(row) for row in scores[keep, 1:]])
-        parts.write(part, found, unreadable=unreadable, **({} if names is None else {"names": named}))
+            if kept is None:
+                keep = selection.keep(boxes, scores, torch.from_numpy(image.boxes))
+                boxes, scores, called = boxes[keep], scores[keep], list[Any]()
+            else:
+                boxes, scores, called = kept(image, boxes, scores)
+            found[picture.image_id] = Proposals(boxes.numpy(), scores.numpy())
+            named.append(called)
+        parts.write(part, found, unreadable=unreadable, **({} if kept is None else {"names": named}))
     us.wait()
     return parts
 

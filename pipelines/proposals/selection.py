@@ -72,10 +72,13 @@ class Selection:
         Args:
             boxes: (n, 4), scores: (n,), base: (b, 4); xyxy pixels of the original image.
         """
-        usable = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_side).all(dim=1) & (scores >= self.min_score)
-        usable &= (box_iou(boxes, base) <= self.overlap).all(dim=1)
-        rows = usable.nonzero().flatten()
+        rows = (self.usable(boxes, base) & (scores >= self.min_score)).nonzero().flatten()
         return rows[nms(boxes[rows], scores[rows], self.overlap)][: self.top]
+
+    def usable(self, boxes: Tensor, base: Tensor) -> Tensor:
+        """(n,) bool: which are large enough, and beside the base boxes."""
+        sides = boxes[:, 2:] - boxes[:, :2]
+        return torch.cat([sides >= self.min_side, box_iou(boxes, base) <= self.overlap], dim=1).all(dim=1)
 
 
 USUAL = Selection(10, 0.5, LEAST_SIDE, 0.0)  # where base boxes say nothing

@@ -1,23 +1,24 @@
 """A round of pseudo boxes: a trained detector looks for base classes and nouns on the training images, what it finds
 there besides base boxes becomes proposals, and its names verdicts, which CLIP's own are mixed with.
 
-A box's score is the probability that it is no background, the sum of s1 over all names. As many proposals are kept as
-the set had that the detector was trained from, over all images those of the highest scores: the detector has learnt
-the base boxes, so that these cannot tell how many to keep, as they do for `hdovd propose`. Which share of them lies on
-an object follows from their scores: the mean, which is too high where the detector is too sure. Annotations of novel
-classes are not read.
+A box's score is the probability that it is no background, the sum of s1 over all names. A noun that the captions of an
+image hold is there somewhere: the box that the detector finds likeliest for it is kept and called so, however low its
+score. Beside these as many proposals are kept as the set had that the detector was trained from, over all images those
+of the highest scores: the detector has learnt the base boxes, so that these cannot tell how many to keep, as they do
+for `hdovd propose`. Which share of them lies on an object follows from their scores: the mean, which is too high where
+the detector is too sure. Annotations of novel classes are not read.
 """
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import hash_file
@@ -27,7 +28,7 @@ from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.core.log import log, quiet
 from hdovd.core.version import __version__
-from hdovd.data.coco import DataPaths, Split
+from hdovd.data.coco import DataPaths, ImageBoxes, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import Detector
 from hdovd.modeling.boxes import combine_scores
@@ -39,6 +40,7 @@ from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip
 from hdovd.pipelines.extraction.pseudo_labels import rows_of_classes
 from hdovd.pipelines.extraction.source import CacheSource, extraction_of, laid_over, set_of_run
 from hdovd.pipelines.extraction.verdicts import write_verdicts
+from hdovd.pipelines.nouns.allowed import offered_nouns
 from hdovd.pipelines.proposal_files.file import Proposals, read_table, write_proposals
 from hdovd.pipelines.proposals.networks import require_some_readable
 from hdovd.pipelines.proposals.propose import Parts, found_parts
@@ -47,6 +49,45 @@ from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
 from hdovd.pipelines.runs.folder import RunFolder, weights_hash
 
 NAMES = 20  # of a box, at most
+LEAST = 1e-6  # score, of a box that is added to 1
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What is kept of what a detector finds in an image. `offered`: by image the nouns, by place among the N `nouns`,
+    that its captions hold.
+    """
+
+    selection: Selection
+    nouns: list[str]
+    offered: Mapping[int, Sequence[int]]
+
+    def __call__(self, image: ImageBoxes, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
+        """Of boxes (n, 4) and scores (n, 1 + N) of `Finder.propose` those to keep, best first, their scores, with 1
+        added where a box is that of an offered noun, and names with a score for all others of each.
+        """
+        base, ranks = torch.from_numpy(image.boxes), scores[:, 0].clone()
+        called = self.called(image, boxes, scores[:, 1:], base)
+        ranks[[*called]] = 1 + ranks[[*called]].clamp(min=LEAST)
+        keep = self.selection.keep(boxes, ranks, base)
+        names = [
+            ({self.nouns[called[row]]: 1.0}, 0.0) if row in called else _best(scores[row, 1:], self.nouns)
+            for row in keep.tolist()
+        ]
+        return boxes[keep], ranks[keep], names
+
+    def called(self, image: ImageBoxes, boxes: Tensor, scores: Tensor, base: Tensor) -> dict[int, int]:
+        """By its row the noun of each box that is the likeliest for a noun which the image offers: those of the highest
+        scores (n, N) first, each beside the others.
+        """
+        free, found = self.selection.usable(boxes, base), dict[int, int]()
+        highest = scores[free].amax(dim=0) if free.any() else scores.new_zeros(len(self.nouns))
+        for noun in sorted(self.offered.get(image.id, ()), key=lambda noun: -float(highest[noun])):
+            if free.any():
+                row = int(scores[:, noun].masked_fill(~free, -1.0).argmax())
+                found[row] = noun
+                free = free & (box_iou(boxes[row : row + 1], boxes)[0] <= self.selection.overlap)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +142,9 @@ def relabel(config: RelabelConfig) -> tuple[ExtractReport, str]:
     extraction = replace(made, features=config.features or named, proposals=config.proposals, verdicts=config.verdicts)
     _require_free(extraction, name)
     with team(config.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
-        _propose(config, run, name, number, us, stop)
+        nouns = offered_nouns(made.nouns, made.vocabulary, made.captions)
+        offered = {} if nouns is None or nouns.by_image is None else nouns.by_image
+        _propose(config, run, name, number, offered, us, stop)
         us.wait()
     return extract_clip(extraction), extraction.features
 
@@ -116,8 +159,18 @@ def _require_free(extraction: ExtractConfig, before: str) -> None:
         raise HdovdError(f"{file} is there, and hdovd relabel did not write it: give another --out")
 
 
-def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: Team, stop: StopSignal) -> None:
-    """Write the files of the round after the set of that name, unless they are there."""
+def _propose(
+    config: RelabelConfig,
+    run: RunFolder,
+    name: str,
+    number: int,
+    offered: Mapping[int, Sequence[int]],
+    us: Team,
+    stop: StopSignal,
+) -> None:
+    """Write the files of the round after the set of that name, unless they are there. offered: by image the rows of
+    nouns that its captions hold.
+    """
     cache = FeatureCache(config.cache, name)
     split, protocol = CacheSource(config.cache, name, config.data, config.protocol).load_for(cache)
     require_some_readable(split)
@@ -133,6 +186,7 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
         )
     selection = _selection(cache.set)
     origin = _origin(config, run, cache.set, split, base, number) | {"selection": asdict(selection)}
+    origin["offered"] = cache.key(Level.PSEUDO_LABEL) if offered else None  # which follows from nouns by image
     if _is_there(config, origin):
         log(f"{config.proposals}: the boxes and names of this round are there")
         return
@@ -140,10 +194,26 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
     detector = load_detector(run, texts.shape[1], us.device, config.weights.file)
     finder = Finder(detector.eval(), texts.float().to(us.device), len(base))
     folder = config.proposals.with_name(f"{config.proposals.stem}.parts")
-    names = partial(_best, nouns=[nouns[row] for row in others])
-    parts = found_parts(folder, split, run.recipe(), origin, finder, selection, us, stop, names)
+    kept = Round(selection, [nouns[row] for row in others], _to_find(cache, split, texts.float(), others, offered))
+    parts = found_parts(folder, split, run.recipe(), origin, finder, selection, us, stop, kept)
     if us.leads:
         _write(config, parts, sum(cache.counts(Source.PROPOSAL).values()), origin)
+
+
+def _to_find(
+    cache: FeatureCache, split: Split, texts: Tensor, others: list[int], offered: Mapping[int, Sequence[int]]
+) -> dict[int, list[int]]:
+    """By image the nouns, by place in `others`, that its captions hold and no base box of it is likelier to be than
+    any base class, as a box of a person is a man: the captions may mean that. texts: as in `Finder`.
+    """
+    place, found = {row: k for k, row in enumerate(others)}, dict[int, list[int]]()
+    base, named = texts[: len(texts) - len(others)], texts[len(texts) - len(others) :]
+    for image in split.images if offered else ():
+        mine = [place[row] for row in offered.get(image.id, ()) if row in place]
+        boxes = torch.from_numpy(cache.instances(image.id).base_boxes().embedding).float()
+        taken = (boxes @ named[mine].T > (boxes @ base.T).amax(dim=1, keepdim=True)).any(dim=0).tolist()
+        found[image.id] = [noun for noun, is_taken in zip(mine, taken, strict=True) if not is_taken]
+    return found
 
 
 def _best(scores: Tensor, nouns: list[str]) -> tuple[dict[str, float], float]:
@@ -161,14 +231,15 @@ def _write(config: RelabelConfig, parts: Parts, before: int, origin: dict[str, A
         boxes, told = parts.read(part)
         found |= boxes
         log(*(f"skipped: {problem}" for problem in told["unreadable"]))
-    scores = np.concatenate([np.zeros(0), *(own.scores for own in found.values())])
-    if not len(scores):
+    ranks = np.concatenate([np.zeros(0), *(own.scores for own in found.values())])
+    if not len(ranks):
         raise HdovdError(f"{config.run} finds nothing on the training images besides base boxes")
-    best = np.argsort(-scores, kind="stable")[:before]  # of equal scores the first images'
+    offered = int((ranks > 1).sum())
+    best = np.argsort(-ranks, kind="stable")[: max(before, offered)]  # of equal scores the first images'
     counts = np.bincount(
         np.repeat(np.arange(len(found)), [len(own.scores) for own in found.values()])[best], minlength=len(found)
     )
-    most, least = dict(zip(found, counts.tolist(), strict=True)), float(scores[best[-1]])
+    most, scores = dict(zip(found, counts.tolist(), strict=True)), _scores(ranks[best])
 
     def lines() -> Iterator[tuple[int, list[float], dict[str, float], float]]:
         for part in parts.numbers():  # once more: names of millions of boxes would take gigabytes
@@ -179,18 +250,25 @@ def _write(config: RelabelConfig, parts: Parts, before: int, origin: dict[str, A
                 yield from ((image_id, one, *called) for one, called in zip(xywh, names, strict=False))
 
     write_verdicts(config.verdicts, lines())
-    selection = origin["selection"] | {"min_score": least, "on_object": round(float(scores[best].mean()), 4)}
+    least = float(scores[offered:].min(initial=1.0))
+    selection = origin["selection"] | {"min_score": least, "on_object": round(float(scores.mean()), 4)}
     made_by = origin | {"selection": selection, "verdicts_sha256": hash_file(config.verdicts)}
     kept = {
-        image_id: Proposals(own.boxes[: most[image_id]], own.scores[: most[image_id]])
+        image_id: Proposals(own.boxes[: most[image_id]], _scores(own.scores[: most[image_id]]))
         for image_id, own in found.items()
     }
     count = write_proposals(config.proposals, kept, made_by)  # the last: with what made them, both are there
     shutil.rmtree(parts.folder, ignore_errors=True)
     log(
         f"wrote {config.proposals} and {config.verdicts.name}: {count:,d} proposals for {len(kept):,d} images "
-        f"({before:,d} before), those of score {least:.3f} or more, {selection['on_object']:.3f} in the mean"
+        f"({before:,d} before), {offered:,d} of them of nouns that captions hold, the others of score {least:.3f} or "
+        f"more; {selection['on_object']:.3f} in the mean"
     )
+
+
+def _scores(ranks: np.ndarray) -> np.ndarray:
+    """Without what `Round` added to them."""
+    return np.where(ranks > 1, ranks - 1, ranks)
 
 
 def _origin(
