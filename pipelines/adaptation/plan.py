@@ -14,7 +14,7 @@ from hdovd.pipelines.runs.folder import RunFolder
 SHORTER = 4  # so many times less training than the run would need anew, with the new pictures among its own
 FROZEN = 0.8  # of the time of a step is that of one in which the backbone stays as it is
 ALL_STAGES = 5  # of a backbone
-MANY = 1000  # new pictures; with fewer the backbone stays as it is
+SHORT = 200  # steps; in fewer the backbone stays as it is, and with few pictures
 SLOWER = 4  # so many times smaller a learning rate than the run's, with few pictures, or without earlier ones
 MOST_EPOCHS, LEAST_SHARE = 20, 0.25  # how often a new picture is seen at most; share of earlier ones at least
 LONGEST = 4000  # steps that a run is taken to have had where it does not say
@@ -62,14 +62,15 @@ def planned(
         log(f"note: the run that {first.path} began with is not here: how much is trained follows {first.path} itself")
     backbone, done = old.detector.backbone, int(entries[-1]["step"]) if entries else None  # an import has no log
     held = 0 if data.few else len(data.judging)
-    # The stages of other libraries' backbones are not always known, and so not frozen.
-    at_rest = pictures + held < MANY and ":" not in backbone.name
-    stages = f"detector.backbone.frozen_stages={ALL_STAGES if at_rest else backbone.frozen_stages}"
-    at_rest = load_recipe(file, [stages, *settings]).detector.backbone.frozen_stages == ALL_STAGES
-    seen = (done or LONGEST) * old.train.batch_size / SHORTER / (FROZEN if at_rest else 1)  # pictures
+    seen = (done or LONGEST) * old.train.batch_size / SHORTER  # pictures
     known = (value_at(first.record(), "cache.levels.boxes.inputs.images.count") or 0) * (1 - 1 / HELD_OUT)
     if earlier := max(known, 0 if data.replay is None else len(data.replay.images)):
         seen *= 1 + pictures / earlier
+    # The stages of other libraries' backbones are not always known, and so not frozen.
+    at_rest = (data.few or seen < SHORT * old.train.batch_size) and ":" not in backbone.name
+    stages = f"detector.backbone.frozen_stages={ALL_STAGES if at_rest else backbone.frozen_stages}"
+    if load_recipe(file, [stages, *settings]).detector.backbone.frozen_stages == ALL_STAGES:
+        seen /= FROZEN
     least = 0.0 if data.replay is None else share or LEAST_SHARE
     epochs = min(MOST_EPOCHS, max(1, round(seen * (1 - least) / pictures)))
     if data.replay is not None:

@@ -431,6 +431,12 @@ def test_how_much_is_trained_is_decided_by_how_much_there_is(
     data.few = False
     assert planned(distilled, data, []).train.lr == old.lr
     few.images = few.images[:2]
+    with monkeypatch.context() as patch:  # a long run, and so 200 steps or more
+        patch.setattr(RunFolder, "entries", lambda _: [{"step": 800}])
+        assert planned(distilled, data, []).detector.backbone.frozen_stages == backbone.frozen_stages != 5
+        assert planned(distilled, few, []).detector.backbone.frozen_stages == 5  # few pictures
+        patch.setattr(RunFolder, "entries", lambda _: [{"step": int(790 / (1 + new / earlier))}])
+        assert planned(distilled, data, []).detector.backbone.frozen_stages == 5
     assert planned(distilled, few, []).train.epochs == MOST_EPOCHS  # no new picture is seen more often
     seen = anew * (1 + 2 / earlier) / 4 / 0.8
     assert len(few) * MOST_EPOCHS == pytest.approx(seen, abs=MOST_EPOCHS)  # the rest are earlier ones
