@@ -4,7 +4,7 @@ words.
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -98,6 +98,13 @@ def is_file(text: str) -> bool:
         if error.errno != errno.ENAMETOOLONG:
             raise
         return False
+
+
+def refuse(faults: Mapping[str, object]) -> None:
+    """Raises HdovdError with the first text that is true of what was given: texts, and whether each is."""
+    for text, is_so in faults.items():
+        if is_so:
+            raise HdovdError(text)
 
 
 def require_readable(file: Path) -> None:

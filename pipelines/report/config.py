@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, refuse, shorten
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.options import DATA, Group, InferenceOptions, Option, Trust, data_of, require_own_folder
 from hdovd.pipelines.runs.listing import find_runs
@@ -45,10 +45,14 @@ class ReportConfig(InferenceOptions):
     trust: Trust = False
 
     def __post_init__(self) -> None:
-        if not self.runs:
-            raise HdovdError("a report needs a run: give the folders that hdovd train wrote")
-        if not 0 <= self.threshold < 1:
-            raise HdovdError(f"--threshold {self.threshold}: expected a score from 0 up to, not including, 1")
+        refuse(
+            {
+                "a report needs a run: give the folders that hdovd train wrote": not self.runs,
+                f"--threshold {self.threshold}: expected a score from 0 up to, not including, 1": (
+                    not 0 <= self.threshold < 1
+                ),
+            }
+        )
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths alone."""

@@ -13,7 +13,7 @@ import torch
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, refuse
 from hdovd.core.log import quiet
 from hdovd.core.text_files import read_json
 from hdovd.data.coco import DataPaths, Split
@@ -114,15 +114,17 @@ def novel_first(protocol: Protocol) -> list[int]:
 
 def _require_same(first: OneRun, other: OneRun) -> None:
     a, b = first.analysis, other.analysis
-    if (a.protocol.base, a.protocol.novel) != (b.protocol.base, b.protocol.novel):
-        raise HdovdError(
+    refuse(
+        {
             f"{first.name} was evaluated by protocol {a.protocol.name} and {other.name} by {b.protocol.name}: their AP "
-            f"does not compare; make a report of each"
-        )
-    if [image.id for image in a.split.images] != [image.id for image in b.split.images]:
-        raise HdovdError(
-            f"{first.name} and {other.name} were evaluated on different images: run hdovd eval of both on the same"
-        )
+            "does not compare; make a report of each": (
+                (a.protocol.base, a.protocol.novel) != (b.protocol.base, b.protocol.novel)
+            ),
+            f"{first.name} and {other.name} were evaluated on different images: run hdovd eval of both on the same": (
+                [image.id for image in a.split.images] != [image.id for image in b.split.images]
+            ),
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True)

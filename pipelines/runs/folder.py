@@ -45,7 +45,7 @@ from hdovd.cache.hub import local_run
 from hdovd.cache.identity import hash_file, require_same, require_seal, sealed
 from hdovd.config.plugins import outside_code
 from hdovd.config.recipe import Recipe, load_recipe
-from hdovd.core.errors import HdovdError, require_readable, shorten
+from hdovd.core.errors import HdovdError, refuse, require_readable, shorten
 from hdovd.core.user_cache import user_cache_folder
 from hdovd.data.protocol import Protocol, parse_protocol
 from hdovd.pipelines.common.atomic_write import replace_file, write_text, writing
@@ -199,13 +199,15 @@ class RunFolder:
     def open(cls, path: Path, *, trusted: bool = False) -> RunFolder:
         """A finished run. Raises HdovdError if there is none."""
         run = cls(path, trusted)
-        if not (run.path / "run.json").is_file():
-            raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote")
-        if not (run.path / "model.safetensors").is_file():
-            raise HdovdError(
+        refuse(
+            {
+                f"{path} is no run: expected the folder that hdovd train --out wrote": (
+                    not (run.path / "run.json").is_file()
+                ),
                 f"{path} has no model.safetensors: its training did not finish an epoch; go on with its hdovd train "
-                f"command and --resume"
-            )
+                "command and --resume": not (run.path / "model.safetensors").is_file(),
+            }
+        )
         return run
 
     def written_recipe(self) -> Recipe:

@@ -8,7 +8,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.core.errors import HdovdError, require_files
+from hdovd.core.errors import HdovdError, refuse, require_files
 from hdovd.pipelines.common.options import ClipOptions, Option
 from hdovd.pipelines.extraction.source import CacheSource
 
@@ -100,21 +100,23 @@ class SearchConfig(ClipOptions, CacheSource):
 
     def __post_init__(self) -> None:
         ClipOptions.__post_init__(self)
-        if sum((self.is_query, self.duplicates is not None, self.suspicious, self.untypical is not None)) != 1:
-            raise HdovdError(
+        questions = (self.is_query, self.duplicates is not None, self.suspicious, self.untypical is not None)
+        refuse(
+            {
                 "expected one question: what to search for (words, --image, --like, --embeddings), or --duplicates, "
-                "--suspicious or --untypical CLASS"
-            )
-        if self.index and not self.is_query:
-            raise HdovdError(
-                "--index is for what is like something: --duplicates, --suspicious and --untypical take none"
-            )
-        if self.untypical is not None and self.class_ is not None:
-            raise HdovdError("--untypical CLASS says the class already: leave --class out")
-        if self.duplicates is Duplicates.PICTURES and self.filters:
-            raise HdovdError("--duplicates pictures compares whole pictures: filters are for --duplicates boxes")
-        if self.box is not None and len(self.image) != 1:
-            raise HdovdError("--box is a box of --image: give one --image with it")
+                "--suspicious or --untypical CLASS": sum(questions) != 1,
+                "--index is for what is like something: --duplicates, --suspicious and --untypical take none": (
+                    self.index and not self.is_query
+                ),
+                "--untypical CLASS says the class already: leave --class out": (
+                    self.untypical is not None and self.class_ is not None
+                ),
+                "--duplicates pictures compares whole pictures: filters are for --duplicates boxes": (
+                    self.duplicates is Duplicates.PICTURES and self.filters
+                ),
+                "--box is a box of --image: give one --image with it": self.box is not None and len(self.image) != 1,
+            }
+        )
 
     @property
     def is_query(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import unquote
 
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, refuse
 from hdovd.core.picture_header import open_picture, told
 from hdovd.core.text_files import checked_name
 from hdovd.pipelines.common.charts import small_picture_data
@@ -123,11 +123,13 @@ class Searching:
 def fitting(data: bytes, max_megapixels: float) -> bytes:
     """The same. Raises HdovdError for what is no picture, or larger than is decoded; nothing is decoded here."""
     with told(PICTURE), open_picture(io.BytesIO(data)) as file:
-        if file.format not in KINDS:
-            raise HdovdError(f"is {file.format}, expected one of {', '.join(KINDS)}")
-        if file.width * file.height > 1e6 * max_megapixels:
-            most = f"{max_megapixels:g} million that are taken here"
-            raise HdovdError(f"has {file.width}x{file.height} pixels, more than the {most}: make it smaller")
+        refuse(
+            {
+                f"is {file.format}, expected one of {', '.join(KINDS)}": file.format not in KINDS,
+                f"has {file.width}x{file.height} pixels, more than the {max_megapixels:g} million that are taken here: "
+                "make it smaller": file.width * file.height > 1e6 * max_megapixels,
+            }
+        )
     return data
 
 
