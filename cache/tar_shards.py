@@ -461,10 +461,6 @@ class TarWriter:
         else:
             self.folder.write(TAR_META, meta.to_bytes())
 
-    def unfinished(self) -> list[int]:
-        """The shards that are not there yet."""
-        return unfinished_shards(self.folder, range(self.meta.shards))
-
     def write(self, number: int, samples: Iterable[TarSample]) -> int:
         """Write a shard: the samples of `meta.places_of(number)`. It is held in memory. Returns its bytes."""
         buffer, sums = io.BytesIO(), []

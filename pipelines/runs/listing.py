@@ -147,11 +147,8 @@ def read_run(path: Path) -> Run:
     cache = _tree(record.get("cache"))
     levels = {level: _tree(entry) for level, entry in _tree(cache.get("levels")).items()}
     metrics = _read(path / "metrics.json", json.loads, wrong) if (path / "metrics.json").exists() else {}
-    epochs = settings.get("train.epochs")
-    planned = epochs if isinstance(epochs, int) else None
-    done = planned if "imported" in record and planned else _epochs_done(path, planned, wrong)
-    protocol = _tree(record.get("protocol"))
-    run = Run(path, State.DAMAGED, _date(path, record), settings, protocol)
+    run = Run(path, State.DAMAGED, _date(path, record), settings, _tree(record.get("protocol")))
+    done = run.epochs if "imported" in record and run.epochs else _epochs_done(path, run.epochs, wrong)
     per_class = {
         name: _number(_tree(values).get(run.metric)) for name, values in _tree(metrics.get("per_class")).items()
     }
@@ -161,7 +158,7 @@ def read_run(path: Path) -> Run:
     )
     if metrics and not of_groups:
         wrong.append(f"metrics.json has no {METRICS[run.metric]}: run hdovd eval again")
-    at_end = bool(done) and done == epochs
+    at_end = bool(done) and done == settings.get("train.epochs")
     state = (
         State.DAMAGED if wrong else State.STOPPED if not at_end else State.FINISHED if metrics else State.NOT_EVALUATED
     )
