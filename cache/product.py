@@ -25,8 +25,11 @@ MOST_PACKED = 1_000  # how many times larger a table may be than what is stored 
 
 
 class Product:
-    """A product by level and key. What is finished is read from `parts/` at every call: other processes may be
-    writing."""
+    """A product by level and key. What is finished is read from `parts/` at every call: other processes may be writing.
+
+    `names`: of classes or nouns, in row order; else empty. `dim`: D; of pseudo labels the number of nouns that a label
+    is made of, if it is more than one; else 0.
+    """
 
     def __init__(self, folder: Folder, level: Level, key: str) -> None:
         """Raises HdovdError if there is none."""
@@ -40,6 +43,8 @@ class Product:
             raise HdovdError(f"{folder.url} has no {level} product {key}; hdovd cache ls lists what is there") from None
         self.rows: int = self.attributes["rows"]
         self.part_rows: int = self.attributes["part_rows"]
+        self.dim: int = self.attributes["dim"]
+        self.names: list[str] = list(self.attributes.get("names") or ())
 
     def __str__(self) -> str:
         return f"{self.level} {self.key}"
@@ -53,16 +58,6 @@ class Product:
                 f"{self.folder.url}: the key of {self} does not follow from its key_inputs; the metadata was edited"
             )
         return inputs
-
-    @property
-    def names(self) -> list[str]:
-        """Class or noun names, in row order."""
-        return list(self.attributes.get("names", ()))
-
-    @property
-    def dim(self) -> int:
-        """D; of pseudo labels the number of nouns that a label is made of, if it is more than one; else 0."""
-        return int(self.attributes["dim"])
 
     @property
     def parts(self) -> int:

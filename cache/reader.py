@@ -178,8 +178,12 @@ class FeatureCache:
 
     @cached_property
     def _failed(self) -> dict[int, str]:
-        read = [self._products[level].failed() for level in (Level.IMAGE, Level.INSTANCE) if level in self._products]
-        return {image: reason for failed in read for image, reason in failed.items()}
+        return {
+            image: reason
+            for level in (Level.IMAGE, Level.INSTANCE)
+            if level in self._products
+            for image, reason in self._products[level].failed().items()
+        }
 
     def counts(self, source: Source) -> dict[int, int]:
         """How many instance rows of a source each image has; no embedding is read."""
@@ -197,8 +201,7 @@ class FeatureCache:
 
     def image_embedding(self, image_id: int) -> np.ndarray:
         """(D,) float16."""
-        row: np.ndarray = self._table(Level.IMAGE, "embedding")[self._row(Level.IMAGE, image_id)]
-        return row
+        return np.asarray(self._table(Level.IMAGE, "embedding")[self._row(Level.IMAGE, image_id)])
 
     def instance_embeddings(self, image_id: int) -> np.ndarray:
         """(n, D) float16, the instance rows of one image."""
@@ -355,5 +358,4 @@ def require_unit(rows: np.ndarray, what: str) -> None:
 def normalised_rows(rows: np.ndarray) -> np.ndarray:
     """Stored float16 rows (n, D), of norm one again in float32; rows of zeros, which no embedding is, stay so."""
     wide = rows.astype(np.float32)
-    normalised: np.ndarray = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
-    return normalised
+    return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12))

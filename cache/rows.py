@@ -97,19 +97,17 @@ def open_rows(
             f"{product.folder.url}: {name} of {product} has {array.shape[0]} rows, expected {product.rows}"
         )
     if mapped is not False:
-        why_not = _why_not_mapped(product, array)
-        if why_not is None:
-            try:
-                return MappedRows(product, name, array, parts, checked=checked)
-            except _NotPlainError as error:
-                why_not = str(error)
-        if mapped:
-            raise HdovdError(f"{product.folder.url}: {name} of {product} cannot be mapped: {why_not}")
+        try:
+            return MappedRows(product, name, array, parts, checked=checked)
+        except _NotPlainError as error:
+            if mapped:
+                raise HdovdError(f"{product.folder.url}: {name} of {product} cannot be mapped: {error}") from None
     return ZarrRows(product, name, array, parts, checked=checked)
 
 
 class MappedRows(Rows):
-    """Uncompressed shards whose chunks lie in order are plain rows: each is mapped once and sliced.
+    """Uncompressed shards whose chunks lie in order are plain rows: each is mapped once and sliced. _NotPlainError for
+    others.
 
     Safe after fork and spawn: a map is shared by processes, and a copy of this object opens its own.
     """
@@ -124,6 +122,7 @@ class MappedRows(Rows):
         checked: bool = False,
     ) -> None:
         super().__init__(product, name, array, parts, checked=checked)
+        _require_plain(product, array)
         wanted = range(product.parts) if parts is None else sorted(parts)
         _allow_open_files(len(wanted))
         self._shards = {part: _map_shard(product, product.row_objects(part)[name], array, part) for part in wanted}
@@ -236,17 +235,17 @@ def _allow_open_files(count: int) -> None:
         )
 
 
-def _why_not_mapped(product: Product, array: zarr.Array[Any]) -> str | None:
+def _require_plain(product: Product, array: zarr.Array[Any]) -> None:
+    """Raises _NotPlainError for shards that, by their metadata, are no plain rows in a local file."""
     if product.folder.path("zarr.json") is None:
-        return "it is not on a local file system"
+        raise _NotPlainError("it is not on a local file system")
     codecs = tuple(getattr(array.metadata, "codecs", ()))
     if array.shards is None or len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
-        return "it is not sharded"
+        raise _NotPlainError("it is not sharded")
     if not _is_plain(codecs[0]):
-        return "its chunks are compressed, or not little-endian"
+        raise _NotPlainError("its chunks are compressed, or not little-endian")
     if array.shape[0] > product.part_rows and array.shards[0] != product.part_rows:
-        return "its shards are not the product's parts"
-    return None
+        raise _NotPlainError("its shards are not the product's parts")
 
 
 def _is_plain(sharding: ShardingCodec) -> bool:

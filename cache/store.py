@@ -138,18 +138,16 @@ def lock(file: Path, patience_s: float) -> IO[Any] | None:
         handle = file.open("w")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(handle.fileno()).st_nlink:
+            if os.fstat(handle.fileno()).st_nlink:  # else its last owner deleted it after we had opened it
                 _held.add(handle)
                 return handle
-            handle.close()  # its last owner deleted it after we had opened it
         except BlockingIOError:
-            handle.close()
             if time.monotonic() >= deadline:
                 return None
             time.sleep(POLL_S)
-        except OSError:
-            handle.close()
-            raise
+        finally:
+            if handle not in _held:
+                handle.close()
 
 
 def unlock(file: Path, handle: IO[Any]) -> None:
@@ -362,6 +360,7 @@ WRITE_TRIES = 2
 # sends them.
 WRITE_S, WRITE_BYTES_PER_S = 60.0, 250_000
 
+
 # File systems are never let go: a child that drops what it inherited waits a second for its parent's event loop, which
 # it has not.
 _kept: list[Any] = []
@@ -477,6 +476,7 @@ class RemoteFolder(Folder):
 
 
 def _file_system(url: str) -> tuple[Any, str]:
+    """The file system of an address, and the path there."""
     import fsspec.config
     from fsspec.core import url_to_fs
 

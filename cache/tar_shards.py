@@ -67,7 +67,7 @@ class TarMeta:
     name: str
     features: FeatureSet
     samples: int
-    products: dict[Level, dict[str, Any]]
+    products: dict[Level, dict[str, dict[str, Any]]]
     about: dict[str, Any]
     tensors: dict[str, np.ndarray]
 
@@ -183,8 +183,7 @@ class TarMeta:
         return range(shard * self.samples, min((shard + 1) * self.samples, self.images))
 
     def attributes(self, level: Level) -> dict[str, Any]:
-        found: dict[str, Any] = self.products[level]["attributes"]
-        return found
+        return self.products[level]["attributes"]
 
     def key_inputs(self) -> dict[Level, KeyInputs]:
         return {level: self.attributes(level)["key_inputs"] for level in self.products}
@@ -449,23 +448,18 @@ class TarWriter:
                 raise HdovdError(
                     f"{url} holds the shards of something else; give another folder:\n  " + "\n  ".join(lines[:20])
                 )
-            self.meta = found
-            text, weights = meta.features.object_text, meta.features.label_weights
-            later = found.features
-            if text and not later.object_text:  # the cache learned it since
-                later = replace(later, object_text=text)
-            later = replace(later, label_weights=weights or later.label_weights)
-            if later != found.features:
-                self.meta = replace(found, features=later)
+            features = replace(  # the cache may have learned these since
+                found.features,
+                object_text=found.features.object_text or meta.features.object_text,
+                label_weights=meta.features.label_weights or found.features.label_weights,
+            )
+            self.meta = replace(found, features=features)
+            if features != found.features:
                 self.folder.write(TAR_META, self.meta.to_bytes())
         elif there:
             raise HdovdError(f"{url} is not empty and holds no shards ({there[0]}): give another folder")
         else:
             self.folder.write(TAR_META, meta.to_bytes())
-
-    def unfinished(self) -> list[int]:
-        """The shards that are not there yet."""
-        return unfinished_shards(self.folder, range(self.meta.shards))
 
     def write(self, number: int, samples: Iterable[TarSample]) -> int:
         """Write a shard: the samples of `meta.places_of(number)`. It is held in memory. Returns its bytes."""

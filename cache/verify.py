@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -189,8 +188,7 @@ def check_tables(product: Product) -> list[Finding]:
         return wrong
     wrong += _check_images(tables, product.rows)
     if not wrong and "box" in tables:
-        named = partial(name_rows, image_id=tables["image_id"], offset=tables["offset"])
-        wrong += _findings(_box_checks(tables), named)
+        wrong += _findings(product, 0, _box_checks(tables))
     if not wrong:
         found = table_inputs(product.level, tables)
         wanted = {name: product.key_inputs[name] for name in found}
@@ -270,7 +268,7 @@ def check_rows(product: Product, part: int, failed: set[int]) -> Iterator[Findin
         )
     labels = product.level is Level.PSEUDO_LABEL
     checks = _label_checks(product, part) if labels else _embedding_checks(product, part, failed)
-    yield from _findings(checks, partial(_named, product, product.rows_of(part)[0]))
+    yield from _findings(product, product.rows_of(part)[0], checks)
 
 
 def _embedding_checks(product: Product, part: int, failed: set[int]) -> list[Check]:
@@ -283,9 +281,7 @@ def _embedding_checks(product: Product, part: int, failed: set[int]) -> list[Che
     zero: np.ndarray = norms == 0
     not_unit = finite & ~zero & (abs(norms - 1) > STORED_NORM_TOLERANCE)
     if failed and zero.any():
-        image_id, row = product.table("image_id"), np.arange(start, stop)
-        image = row if product.level is Level.IMAGE else np.searchsorted(product.table("offset"), row, "right") - 1
-        zero = np.logical_and(zero, np.isin(image_id[image], list(failed), invert=True))
+        zero = np.logical_and(zero, np.isin(_images_of(product, np.arange(start, stop)), list(failed), invert=True))
     return [
         (place, ~finite, "finite numbers", np.full(len(norms), "NaN or infinity")),
         (place, not_unit, "rows of norm 1", norms),
@@ -319,34 +315,30 @@ def _label_checks(product: Product, part: int) -> list[Check]:
     return checks
 
 
-def _findings(checks: Iterable[Check], named: Callable[[np.ndarray], str]) -> Iterator[Finding]:
-    """One for all rows where a check is True, with the value of the first."""
+def _findings(product: Product, start: int, checks: Iterable[Check]) -> Iterator[Finding]:
+    """One for all rows, from `start` on, where a check is True, with the value of the first."""
     for array, wrong, expected, values, *about in checks:
         rows = np.flatnonzero(wrong)
         if len(rows):
             value = values[rows[0]]
             found = f"{value:.4g}" if values.dtype.kind == "f" and values.ndim == 1 else str(value.tolist())
             expected = expected.format(*(column[rows[0]] for column in about))
-            yield Finding(array, expected, found, where=named(rows))
+            yield Finding(array, expected, found, where=name_rows(product, rows + start))
 
 
-def _named(product: Product, start: int, rows: np.ndarray) -> str:
-    """Rows of a part that begins at `start`, and what they are of, in words."""
-    rows = rows + start
+def name_rows(product: Product, rows: np.ndarray) -> str:
+    """Rows of a product, and the names or images that they are of, in words."""
     if product.names:
         return f"{_ranges(rows)} ({shorten([product.names[row] for row in rows])})"
     if product.level is Level.PSEUDO_LABEL:
         return _ranges(rows)
-    image_id = product.table("image_id")
-    return name_rows(
-        rows, image_id, np.arange(len(image_id) + 1) if product.level is Level.IMAGE else product.table("offset")
-    )
+    return f"{_ranges(rows)} (image {shorten([*dict.fromkeys(_images_of(product, rows).tolist())])})"
 
 
-def name_rows(rows: np.ndarray, image_id: np.ndarray, offset: np.ndarray) -> str:
-    """Rows, and the images that they are of, in words."""
-    images = image_id[np.unique(np.searchsorted(offset, rows, "right") - 1)].tolist()
-    return f"{_ranges(rows)} (image {shorten(images)})"
+def _images_of(product: Product, rows: np.ndarray) -> np.ndarray:
+    """(n,) ids of the images that rows (n,) are of."""
+    place = rows if product.level is Level.IMAGE else np.searchsorted(product.table("offset"), rows, "right") - 1
+    return product.table("image_id")[place]
 
 
 def _ranges(rows: np.ndarray) -> str:

@@ -27,6 +27,7 @@ missing, damaged or does not fit costs its image alone: the reason stands in the
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -317,8 +318,8 @@ def import_features(config: ImportConfig) -> FeatureSet:
 class _Survey:
     """What the first reading found. `texts`: the row number of every different text embedding, by its bytes.
 
-    `content`: a hash of all rows of a level. `dropped`: images of which proposals were left out. `identity`: of the
-    proposals.
+    `content`: a hash of all rows of a level that has some. `dropped`: images of which proposals were left out.
+    `identity`: of the proposals.
     """
 
     table: BoxTable
@@ -327,14 +328,13 @@ class _Survey:
     content: dict[Level, str]
     dim: int
     identity: str
-    with_images: bool
 
 
 def _survey(config: ImportConfig, split: Split, read: Read) -> _Survey:
-    hashes = {level: hashlib.sha256() for level in (Level.INSTANCE, Level.IMAGE, Level.PSEUDO_LABEL)}
+    hashes = defaultdict[Level, Any](hashlib.sha256)
     proposals, failed = dict[int, Proposals](), dict[int, str]()
     dropped, texts = list[int | str](), dict[bytes, int]()
-    dim, with_base, with_images = 0, False, False
+    dim, with_base = 0, False
     for image in progress(read(split), "reading", "image", total=len(split.images)):
         if image.reason is not None:
             failed[image.image_id] = image.reason
@@ -345,7 +345,6 @@ def _survey(config: ImportConfig, split: Split, read: Read) -> _Survey:
         hashes[Level.INSTANCE].update(image.rows().tobytes())
         if image.image_embedding is not None:
             hashes[Level.IMAGE].update(image.image_embedding.tobytes())
-            with_images = True
         for row in () if image.proposal_text is None else image.proposal_text.astype(np.float16):
             hashes[Level.PSEUDO_LABEL].update(texts.setdefault(row.tobytes(), len(texts)).to_bytes(8, "little"))
     log(*(f"left out: image {image_id}: {reason}" for image_id, reason in list(failed.items())[:20]))
@@ -372,7 +371,6 @@ def _survey(config: ImportConfig, split: Split, read: Read) -> _Survey:
         {level: found.hexdigest() for level, found in hashes.items()},
         dim,
         ProposalTable.of(proposals).identity(),
-        with_images,
     )
 
 
@@ -385,7 +383,7 @@ def _begin(config: ImportConfig, found: _Survey, catalog: Catalog) -> dict[Level
         Level.INSTANCE: {**origin, "content": found.content[Level.INSTANCE], **of_images, "boxes": given["boxes"]},
     }
     names = [f"text {row}" for row in range(len(found.texts))]
-    if found.with_images:
+    if Level.IMAGE in found.content:
         inputs[Level.IMAGE] = {**origin, "content": found.content[Level.IMAGE], **of_images}
     if names:
         texts = hashlib.sha256(b"".join(found.texts)).hexdigest()

@@ -63,9 +63,8 @@ class CheckReport:
 
     def add(self, findings: Sequence[Finding]) -> None:
         """Keep and tell them."""
-        for finding in findings:
-            self.findings.append(finding)
-            log(str(finding))
+        self.findings += findings
+        log(*map(str, findings))
 
 
 def _sample(config: CheckConfig, features: FeatureSet, split: Split, clip: Teacher, report: CheckReport) -> None:
@@ -164,8 +163,7 @@ def _cosines(product: Product, embedder: Embedder, rows: np.ndarray) -> tuple[np
 
 def _findings(product: Product, rows: np.ndarray, cosines: np.ndarray) -> list[Finding]:
     """One a part."""
-    low, image_id, found = cosines < LEAST_COSINE, product.table("image_id"), list[Finding]()
-    offset = np.arange(product.rows + 1) if product.level is Level.IMAGE else product.table("offset")
+    low, found = cosines < LEAST_COSINE, list[Finding]()
     for part in np.unique(rows[low] // product.part_rows).tolist():
         mine = low & (rows // product.part_rows == part)
         found.append(
@@ -175,7 +173,7 @@ def _findings(product: Product, rows: np.ndarray, cosines: np.ndarray) -> list[F
                 f"{cosines[mine].min():.4f} at the least",
                 (product.level, product.key),
                 part,
-                name_rows(rows[mine], image_id, offset),
+                name_rows(product, rows[mine]),
             )
         )
     return found

@@ -7,9 +7,10 @@ stands below it. D embedding size.
 
 import random
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -21,7 +22,7 @@ from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.cache_tools.config import ViewConfig
-from hdovd.pipelines.calibration.values import origin_of, with_reliability
+from hdovd.pipelines.calibration.values import VALUES, origin_of, with_reliability
 from hdovd.pipelines.common.atomic_write import write_picture
 from hdovd.pipelines.common.drawing import BASE_COLOUR, Colour, Labelled, cut_label, draw_boxes, label_font
 from hdovd.pipelines.common.images import read_image
@@ -38,6 +39,12 @@ class Reliability:
     width: float
     scale: float
     source: str
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> "Reliability | None":
+        """What a run's record says, or `with_reliability` for one; None where there are no weights."""
+        found = record.get("reliability")
+        return cls(**{name: float(found[name]) for name in VALUES}, source=str(found["source"])) if found else None
 
     def weight(self, cosine: float) -> float:
         """In 0..scale."""
@@ -114,8 +121,7 @@ def find_reliability(
         if calibration is None and origin.known() is None and not origin.fitted:
             return None
     with quiet():
-        _, used, record = with_reliability(recipe, lambda: origin_of(cache), calibration, base)
-    return Reliability(*used.pseudo_boxes.reliability, record["reliability"]["source"]) if record else None
+        return Reliability.recorded(with_reliability(recipe, lambda: origin_of(cache), calibration, base)[2])
 
 
 def gather_view(

@@ -72,7 +72,7 @@ def export_tars(config: ExportConfig) -> TarMeta:
     about = {"protocol": protocol.to_dict(), "data": {str(level): value for level, value in inputs.items()}}
     writer = TarWriter(config.out, TarMeta.of(Catalog(config.cache), config.features, config.samples, about))
     log(*(f"deleted {name}, left half-written by a process that is dead" for name in writer.folder.sweep()))
-    todo, failed = writer.unfinished(), cache.failed()
+    todo, failed = unfinished_shards(writer.folder, range(writer.meta.shards)), cache.failed()
     if len(todo) < writer.meta.shards:
         log(f"{config.out}: there already: {writer.meta.shards - len(todo)} of {writer.meta.shards} shards")
     with progress(None, "tar shards", "image", total=sum(len(writer.meta.places_of(number)) for number in todo)) as bar:

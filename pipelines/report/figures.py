@@ -167,7 +167,7 @@ def most_gained(runs: Sequence[OneRun]) -> float:
 def facts(run: OneRun) -> list[tuple[str, str]]:
     """What made a run, and how long it took, as far as its files say."""
     record, known, git = run.folder.record(), run.run, run.run.git or {}
-    processes, weight = record.get("processes", "?"), weight_of(run)
+    processes, weight = record.get("processes", "?"), Reliability.recorded(record)
     engine = " ".join(map(str, run.analysis.metrics.get("engine", {}).values()))
     found = {
         "folder": run.folder.path.resolve(),
@@ -205,15 +205,6 @@ def _speed(run: OneRun) -> dict[str, str]:
         "speed": f"{np.median(rates):.1f} images/s{waited}",
         "memory": f"{max(memory):.1f} GB at most" if memory else "",
     }
-
-
-def weight_of(run: OneRun) -> Reliability | None:
-    """That of its pseudo labels, as it recorded it."""
-    recorded = run.folder.record().get("reliability")
-    if not recorded:
-        return None
-    centre, width, scale = (float(recorded[name]) for name in ("centre", "width", "scale"))
-    return Reliability(centre, width, scale, str(recorded["source"]))
 
 
 def formula(weight: Reliability) -> str:
@@ -275,7 +266,6 @@ def losses(runs: Sequence[OneRun]) -> list[tuple[str, list[tuple[str, Markup]]]]
     """By level the charts of its losses; losses that a recipe adds come under their own name."""
     names = dict.fromkeys(name for run in runs for entry in run.entries for name in entry if name not in PLAIN)
     levels: dict[str, list[tuple[str, Markup]]] = {level: [] for level in LEVELS.values()}
-    validation = levels.pop(LEVELS["val"])
     for name in names:
         of_runs = [[entry for entry in run.entries if name in entry] for run in runs]
         is_ap = name.startswith("val_")
@@ -286,9 +276,8 @@ def losses(runs: Sequence[OneRun]) -> list[tuple[str, list[tuple[str, Markup]]]]
         ]
         y = Axis("percent", 0.0, 100.0) if is_ap else Axis("loss", 0.0)
         level = LEVELS.get(name.partition("_")[0], f"Added by the recipe: {name}")
-        charts = validation if is_ap else levels.setdefault(level, [])
-        charts.append((name, line_chart(f"{name} by step", lines, Axis("step"), y)))
-    levels[LEVELS["val"]] = levels.pop(LEVELS["val"], []) + validation  # last
+        levels.setdefault(level, []).append((name, line_chart(f"{name} by step", lines, Axis("step"), y)))
+    levels[LEVELS["val"]] = levels.pop(LEVELS["val"])  # last
     return [(level, charts) for level, charts in levels.items() if charts]
 
 
@@ -416,12 +405,11 @@ def pseudo_boxes(
     if not count:
         return [], ["Pseudo boxes were left out."]
     for run in runs:
+        weight = Reliability.recorded(run.folder.record())
+        key = (run.run.cache_id, weight)
         if not uses_pseudo_boxes(run.run):
             reasons.append(f"{run.name} was trained without pseudo boxes.")
-            continue
-        weight = weight_of(run)
-        key = (run.run.cache_id, weight)
-        if key in parts:
+        elif key in parts:
             parts[key]["names"].append(run.name)
         else:
             try:

@@ -22,8 +22,8 @@ from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.published_weights import PUBLISHED, Published
 from hdovd.pipelines.common.device import provenance
 from hdovd.pipelines.common.tensors import floats, load_pth
+from hdovd.pipelines.runs.config import ImportCheckpointConfig
 from hdovd.pipelines.runs.folder import RunFolder, weights_hash
-from hdovd.pipelines.runs.import_config import ImportCheckpointConfig
 
 _TRUST = (
     "pseudo_boxes.reliability_centre=0.31",

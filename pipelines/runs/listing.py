@@ -147,11 +147,8 @@ def read_run(path: Path) -> Run:
     cache = _tree(record.get("cache"))
     levels = {level: _tree(entry) for level, entry in _tree(cache.get("levels")).items()}
     metrics = _read(path / "metrics.json", json.loads, wrong) if (path / "metrics.json").exists() else {}
-    epochs = settings.get("train.epochs")
-    planned = epochs if isinstance(epochs, int) else None
-    done = planned if "imported" in record and planned else _epochs_done(path, planned, wrong)
-    protocol = _tree(record.get("protocol"))
-    run = Run(path, State.DAMAGED, _date(path, record), settings, protocol)
+    run = Run(path, State.DAMAGED, _date(path, record), settings, _tree(record.get("protocol")))
+    done = run.epochs if "imported" in record and run.epochs else _epochs_done(path, run.epochs, wrong)
     per_class = {
         name: _number(_tree(values).get(run.metric)) for name, values in _tree(metrics.get("per_class")).items()
     }
@@ -161,7 +158,7 @@ def read_run(path: Path) -> Run:
     )
     if metrics and not of_groups:
         wrong.append(f"metrics.json has no {METRICS[run.metric]}: run hdovd eval again")
-    at_end = bool(done) and done == epochs
+    at_end = bool(done) and done == settings.get("train.epochs")
     state = (
         State.DAMAGED if wrong else State.STOPPED if not at_end else State.FINISHED if metrics else State.NOT_EVALUATED
     )
@@ -269,8 +266,8 @@ def metric_of(runs: Iterable[Run]) -> str:
     return " or ".join(dict.fromkeys(METRICS[run.metric] for run in runs))
 
 
-def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
-    """All runs as a table; names are paths from `root`. Below it, what is wrong with the damaged ones."""
+def run_lines(runs: Sequence[Run]) -> list[str]:
+    """All runs as a table; names are paths from the current folder. Below it, what is wrong with the damaged ones."""
     if not runs:
         return ["no runs here: hdovd train --out RUN makes one"]
     groups = table_groups(runs)
@@ -278,7 +275,7 @@ def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
     apart = _apart(runs)
     rows = [
         (
-            _name(run, root),
+            _name(run),
             settings or "-",
             ORACLE if run.oracle else "+".join(run.distillation) or ("none" if run.settings else "-"),
             shown(run.seed),
@@ -302,12 +299,12 @@ def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
     protocols = sorted({str(run.protocol["name"]) for run in runs if "name" in run.protocol})
     if len(protocols) > 1:
         lines.append(f"note: AP of several protocols, which do not compare: {', '.join(protocols)}")
-    return lines + [f"{_name(run, root)}: {reason}" for run in runs for reason in run.wrong]
+    return lines + [f"{_name(run)}: {reason}" for run in runs for reason in run.wrong]
 
 
 def run_values(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """All runs as JSON values. `different`: the settings, by dotted key, that not all of these runs share."""
-    keys = different_keys([run.settings for run in runs if run.settings]) if runs else []
+    keys = different_keys([run.settings for run in runs if run.settings])
     return [
         {
             "path": str(run.path),
@@ -391,23 +388,19 @@ def _ap_lines(head: str, entries: Sequence[tuple[str, float | None, float | None
     return table_lines((head, "A", "B", "B - A"), rows, {"A", "B", "B - A"})
 
 
-def _name(run: Run, root: Path | None) -> str:
-    path, base = run.path.resolve(), (root or Path()).resolve()
+def _name(run: Run) -> str:
+    path, base = run.path.resolve(), Path().resolve()
     return str(path.relative_to(base)) if path.is_relative_to(base) and path != base else str(run.path)
 
 
 def _apart(runs: Sequence[Run]) -> list[str]:
     """Of every run the settings in which the runs differ, without those that have a column of their own."""
     known = [run.settings for run in runs if run.settings]
-    keys = (
-        [
-            key
-            for key in different_keys(known)
-            if key not in OWN_COLUMN and not (key.startswith("loss.") and key.endswith(SWITCH))
-        ]
-        if known
-        else []
-    )
+    keys = [
+        key
+        for key in different_keys(known)
+        if key not in OWN_COLUMN and not (key.startswith("loss.") and key.endswith(SWITCH))
+    ]
     names = short_names(keys, {key for settings in known for key in settings})
     columns = {key: shown_apart([run.settings.get(key) for run in runs]) for key in keys}
     return [

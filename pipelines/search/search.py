@@ -1,25 +1,35 @@
-"""The answer of a search: by a query, or of labels and duplicates.
+"""The answer of a search: of labels and duplicates, or by a query, which is one direction: the weighted sum of
+embeddings of words, pictures, boxes of the cache and rows of a file.
 
-n rows of a block, K base classes.
+n rows of a block, K base classes, D embedding size.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache as once, partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from hdovd.cache.identity import KeyInputs
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import Level, Source
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.log import quiet
 from hdovd.data.coco import ImageBoxes, Split
-from hdovd.pipelines.common.images import read_image
-from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
+from hdovd.pipelines.common.device import pick_device
+from hdovd.pipelines.common.images import decode, read_image
+from hdovd.pipelines.detection.names import load_same_clip
+from hdovd.pipelines.embedding.build import embedders_of
+from hdovd.pipelines.embedding.crops import NO_FILE, Picture
+from hdovd.pipelines.embedding.embedders import Pictures
+from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, recipe_of
+from hdovd.pipelines.extraction.text import read_rows
+from hdovd.pipelines.search.config import Box, BoxSource, Duplicates, SearchConfig, weighted
 from hdovd.pipelines.search.index import RowIndex
-from hdovd.pipelines.search.query import load_set_clip, query_of
 from hdovd.pipelines.search.results import Hit, write_crops, write_results
 from hdovd.pipelines.search.scan import Choice, alike_pairs, best_rows, chosen_rows, mean_row, nearest_rows
 from hdovd.pipelines.teachers.base import Teacher
@@ -84,7 +94,7 @@ def opened(config: SearchConfig, *, pictures: bool = False) -> Searched:
     cache.require_together()
     if not len(cache.row_images()):
         raise HdovdError(f"{cache.url} has no boxes: its instance level is empty")
-    clip_of = once(partial(load_set_clip, config, cache))
+    clip_of = once(partial(_load_set_clip, config, cache))
     if not (pictures or config.suspicious or config.of_class or config.out or config.data):
         return Searched(cache, clip_of)
     with quiet():  # the extraction said what it left out
@@ -106,7 +116,7 @@ def found(config: SearchConfig, searched: Searched, pictures: Mapping[str, bytes
         return _suspicious(config, searched, chosen)
     index = RowIndex(searched.cache, "--features", config.features) if config.index else None
     if config.is_query:
-        query, sign = query_of(config, searched.cache, searched.clip_of, pictures), 1
+        query, sign = query_of(config, searched, pictures), 1
     else:
         query, sign = normalised_rows(mean_row(searched.cache, chosen)[None])[0], -1
     best = (index.best if index else partial(nearest_rows, searched.cache))(sign * query, config.count, chosen)
@@ -177,3 +187,97 @@ def _number(name: str, names: Sequence[str], what: str) -> int:
             f"{name}: no {what} of this set; " + (f"the nearest: {shorten([*near])}" if near else "none is")
         )
     return list(names).index(name)
+
+
+LEAST_NORM = 1e-6  # of the sum of a query's parts
+
+
+def query_of(config: SearchConfig, searched: Searched, pictures: Mapping[str, bytes] | None = None) -> np.ndarray:
+    """(D,) float32 of norm 1. pictures: those of `config.image` that are no files. Raises HdovdError for a part that
+    cannot be had, and if the parts add up to nothing.
+    """
+    cache = searched.cache
+    parts = [(weight, _row_of_cache(cache, text)) for text, weight in map(weighted, config.like)]
+    if config.embeddings is not None:
+        parts += [(1.0, row) for row in normalised_rows(np.atleast_2d(read_rows(config.embeddings)))]
+    if config.queries or config.not_ or config.image:
+        clip = searched.clip_of()
+        parts += [
+            *((weight, _embed_text(clip, cache, text)) for text, weight in map(weighted, config.queries)),
+            *((-weight, _embed_text(clip, cache, text)) for text, weight in map(weighted, config.not_)),
+            *(
+                (weight, _embed_picture(clip, cache, Path(name), (pictures or {}).get(name), config.box))
+                for name, weight in map(weighted, config.image)
+            ),
+        ]
+    if other := [row.shape for _, row in parts if row.shape != (cache.dim,)]:
+        raise HdovdError(
+            f"a part of the query has shape {other[0]}, the set's embeddings have {cache.dim} values: the rows of "
+            "--embeddings, or --clip, are of another CLIP"
+        )
+    total = np.sum([weight * row for weight, row in parts], axis=0)
+    if not np.linalg.norm(total) >= LEAST_NORM:  # nor if it is no number
+        raise HdovdError("the parts of the query add up to nothing: they cancel each other out, or are no embeddings")
+    return np.asarray(normalised_rows(total[None])[0])
+
+
+def _row_of_cache(cache: FeatureCache, text: str) -> np.ndarray:
+    """(D,) float32 of norm 1, of IMAGE_ID:ROW. Raises HdovdError."""
+    found = re.fullmatch(r"(-?\d+):(\d+)", text)
+    if found is None:
+        raise HdovdError(f"--like {text}: expected IMAGE_ID:ROW, as the table of a search prints it, such as 139:0")
+    rows, row = cache.instance_embeddings(int(found[1])), int(found[2])
+    if row >= len(rows) or not rows[row].any():
+        why = cache.failed().get(int(found[1]), f"the image has {counted(len(rows), 'row')}, from 0 on")
+        raise HdovdError(f"--like {text}: there is no such row, or no embedding of it: {why}")
+    return np.asarray(normalised_rows(rows[row : row + 1])[0])
+
+
+def _load_set_clip(config: SearchConfig, cache: FeatureCache) -> Teacher:
+    """The CLIP that made the set's embeddings. Raises HdovdError if it cannot be had, or is another one."""
+    made = cache.set.made_from
+    if config.clip is None and ("clip" not in made or "teacher" in made):
+        raise HdovdError(
+            f"set {config.features} of {cache.url} does not say where its CLIP is: give --clip (with --pretrained, as "
+            "for hdovd extract-clip), or search by --like or --embeddings, which need none"
+        )
+    return load_same_clip(
+        (str(made.get("clip")), made.get("pretrained")) if config.clip is None else (config.clip, config.pretrained),
+        cache.key_inputs(Level.INSTANCE),
+        _class_inputs(cache),
+        pick_device(config.device),
+        given=config.clip is not None,
+        whose="set",
+        without="search by --like or --embeddings",
+    )
+
+
+def _class_inputs(cache: FeatureCache) -> KeyInputs:
+    return cache.key_inputs(Level.CLASS) if Level.CLASS in cache.levels() else {}
+
+
+def _embed_text(clip: Teacher, cache: FeatureCache, text: str) -> np.ndarray:
+    """(D,) float32, in the prompts of the set's names. Raises HdovdError for a text that becomes no token."""
+    templates = _class_inputs(cache).get("templates") or cache.set.made_from.get("templates")
+    if clip.hash_prompts([text], ["{}"]) == clip.hash_prompts([""], ["{}"]):
+        raise HdovdError(f"{text!r}: the tokenizer of the set's CLIP makes nothing of it; give other words")
+    return np.asarray(clip.embed_names([text], tuple(templates or DEFAULT_TEMPLATES))[0])
+
+
+def _embed_picture(clip: Teacher, cache: FeatureCache, file: Path, data: bytes | None, box: Box | None) -> np.ndarray:
+    """(D,) float32 of a box of an upright picture, a file or the bytes of one, as the set's boxes were embedded. Raises
+    HdovdError for a picture that cannot be read, and a box that is not within it.
+    """
+    picture = decode(file if data is None else data)
+    left, top, wide, high = box or (0, 0, picture.width, picture.height)
+    if not (0 <= left < left + wide <= picture.width and 0 <= top < top + high <= picture.height):
+        size = f"{picture.width}x{picture.height}"
+        raise HdovdError(f"--box {left:g},{top:g},{wide:g},{high:g} is not within {file}, which is {size}")
+    height, width = picture.pixels.shape[1:]  # fewer than the picture's, if it is a large one
+    scale = np.array([width / picture.width, height / picture.height] * 2, np.float32)
+    boxes = scale * np.array([[left, top, left + wide, top + high]], np.float32)
+    image = ImageBoxes(0, file.name, width, height, boxes, np.zeros(1, np.int64), np.zeros(1, np.int64))
+    pictures = Pictures([image], lambda _: file, np.array([0, 1]), boxes)
+    embedder = embedders_of(clip, pictures, recipe_of(cache.key_inputs(Level.INSTANCE)))[Level.INSTANCE]
+    rows, _ = embedder.embed([np.zeros(1, np.int64)], lambda *_: Picture(picture.pixels, NO_FILE))
+    return np.asarray(rows[0])

@@ -25,7 +25,7 @@ from hdovd.cache import tar_shards
 from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.identity import sealed
 from hdovd.cache.schema import DEFAULT_SET, TAR_META, Level
-from hdovd.cache.tar_shards import MEMBERS, TarMeta, TarSample, TarShards, TarWriter
+from hdovd.cache.tar_shards import MEMBERS, TarMeta, TarSample, TarShards, TarWriter, unfinished_shards
 from hdovd.core.errors import HdovdError
 
 COUNTS = {40: (2, 3), 7: (1, 0), 19: (0, 0), 23: (3, 1), 2_000_000_000: (1, 2)}
@@ -53,7 +53,7 @@ class Made:
         self.write()
 
     def write(self) -> list[int]:
-        todo = self.writer.unfinished()
+        todo = unfinished_shards(self.writer.folder, range(self.writer.meta.shards))
         for number in todo:
             self.writer.write(number, [self.samples[place] for place in self.writer.meta.places_of(number)])
         return todo

@@ -169,7 +169,7 @@ def test_a_damaged_run_is_listed_with_what_is_wrong(
     odd, sound = read_runs([tmp_path])
     assert (odd.state, sound.state) == (State.DAMAGED, State.FINISHED)
     assert expected in odd.wrong[0]
-    assert any(expected in line for line in run_lines([odd, sound], tmp_path))
+    assert any(expected in line for line in run_lines([odd, sound]))
     assert json.loads(json.dumps(run_values([odd, sound])))[0]["wrong"] == list(odd.wrong)
 
 
@@ -207,10 +207,13 @@ def test_an_old_or_strange_run_is_listed(write_run: WriteRun) -> None:
 # --- table and differences ---
 
 
-def test_table_shows_the_settings_that_differ(write_run: WriteRun, tmp_path: Path) -> None:
+def test_table_shows_the_settings_that_differ(
+    write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     write_run("a", "train.lr=0.1", "train.seed=4", novel=12.34)
     write_run("b", "train.lr=0.2", "loss.image.enabled=false", key="k2", steps=(2,))
-    head, a, b, *_ = run_lines(read_runs([tmp_path]), tmp_path)
+    head, a, b, *_ = run_lines(read_runs([tmp_path]))
     assert head.split()[:6] == ["name", "settings", "levels", "seed", "epochs", "novel"]
     assert a.split()[:9] == ["a", "lr=0.1", "instance+class+image", "4", "2/2", "12.3", "50.0", "40.0", "11.3"]
     assert a.split()[9] == read_run(tmp_path / "a").cache_id

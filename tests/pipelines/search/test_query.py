@@ -17,13 +17,16 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.search.config import SearchConfig, weighted
-from hdovd.pipelines.search.query import query_of
+from hdovd.pipelines.search.search import opened, query_of
 
 
 @pytest.fixture
 def query(cache: Path) -> Callable[..., np.ndarray]:
-    opened = FeatureCache(cache)
-    return lambda **asked: query_of(SearchConfig(cache=cache, device="cpu", **asked), opened)
+    def ask(**asked: Any) -> np.ndarray:
+        config = SearchConfig(cache=cache, device="cpu", **asked)
+        return query_of(config, opened(config))
+
+    return ask
 
 
 @pytest.fixture
@@ -42,8 +45,8 @@ def test_weights() -> None:
 
 
 def test_words_are_embedded_as_the_class_names_are(cache: Path, query: Callable[..., np.ndarray]) -> None:
-    opened = FeatureCache(cache)
-    names, rows = opened.names(Level.CLASS), normalised_rows(opened.embeddings(Level.CLASS))
+    cached = FeatureCache(cache)
+    names, rows = cached.names(Level.CLASS), normalised_rows(cached.embeddings(Level.CLASS))
     assert query(queries=(names[3],)) == pytest.approx(rows[3], abs=2e-3)  # the cache is rounded
     both = query(queries=(names[3], f"{names[5]}=2"), not_=(f"{names[0]}=0.5",))
     assert both == pytest.approx(_unit(rows[3] + 2 * rows[5] - 0.5 * rows[0]), abs=3e-3)
@@ -52,19 +55,19 @@ def test_words_are_embedded_as_the_class_names_are(cache: Path, query: Callable[
 def test_a_box_of_a_picture_is_embedded_as_the_boxes_of_the_set_are(
     cache: Path, split: Split, query: Callable[..., np.ndarray]
 ) -> None:
-    opened, image = FeatureCache(cache), split.images[2]
-    rows = opened.instances(image.id)
+    cached, image = FeatureCache(cache), split.images[2]
+    rows = cached.instances(image.id)
     left, top, right, bottom = rows.box[0].tolist()
     found = query(image=(str(split.path(image)),), box=(left, top, right - left, bottom - top))
     assert found == pytest.approx(_unit(rows.embedding[0].astype(np.float32)), abs=2e-3)
     whole = query(image=(f"{split.path(image)}=3",))
-    assert whole == pytest.approx(_unit(opened.image_embedding(image.id).astype(np.float32)), abs=2e-3)
+    assert whole == pytest.approx(_unit(cached.image_embedding(image.id).astype(np.float32)), abs=2e-3)
 
 
 def test_rows_of_the_set_and_of_a_file_need_no_clip(
     cache: Path, kept: list[int], query: Callable[..., np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hdovd.pipelines.search.query.load_same_clip", None)
+    monkeypatch.setattr("hdovd.pipelines.search.search.load_same_clip", None)
     row = _unit(FeatureCache(cache).instance_embeddings(kept[1])[1].astype(np.float32))
     assert query(like=(f"{kept[1]}:1",)) == pytest.approx(row, abs=1e-6)
     np.save(tmp_path / "one.npy", 7 * row)

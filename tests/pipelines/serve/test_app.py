@@ -114,10 +114,10 @@ def test_hits_are_those_of_a_search(client: TestClient, cache: Path, kept: list[
 
 
 def test_clip_is_loaded_once(distilled: RunFolder, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hdovd.pipelines.search import query
+    from hdovd.pipelines.search import search
 
-    loads, load = list[str](), query.load_same_clip
-    monkeypatch.setattr(query, "load_same_clip", lambda name, *a, **k: (loads.append(name), load(name, *a, **k))[1])
+    loads, load = list[str](), search.load_same_clip
+    monkeypatch.setattr(search, "load_same_clip", lambda name, *a, **k: (loads.append(name), load(name, *a, **k))[1])
     client = TestClient(Site(ServeConfig(cache=cache, device="cpu")).app, HOME)
     for words in ("tree", "fish", "a"):
         assert client.post("/search", data={"words": words}).status_code == 200
