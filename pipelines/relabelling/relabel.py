@@ -3,10 +3,11 @@ there besides base boxes becomes proposals, and its names verdicts, which CLIP's
 
 A box's score is the probability that it is no background, the sum of s1 over all names. A noun that the captions of an
 image hold is there somewhere: the box that the detector finds likeliest for it is kept and called so, however low its
-score. Beside these as many proposals are kept as the set had that the detector was trained from, over all images those
-of the highest scores: the detector has learnt the base boxes, so that these cannot tell how many to keep, as they do
-for `hdovd propose`. Which share of them lies on an object follows from their scores: the mean, which is too high where
-the detector is too sure. Annotations of novel classes are not read.
+score. Beside these proposals of the highest scores over all images are kept, until there are as many for each of these
+nouns as base boxes for each base class that captions name; without captions, as many as the set had that the detector
+was trained from: it has learnt the base boxes, so that their scores cannot tell how many to keep, as they do for `hdovd
+propose`. Which share of them lies on an object follows from their scores: the mean, which is too high where the
+detector is too sure. Annotations of novel classes are not read.
 """
 
 import shutil
@@ -176,9 +177,8 @@ def _propose(
     require_some_readable(split)
     nouns, base = cache.names(Level.NOUN), protocol.base
     synonyms = cache.key_inputs(Level.CLASS).get("synonyms", {})
-    taken = set(LabelRule.of(cache.key_inputs(Level.PSEUDO_LABEL)).backgrounds).union(
-        *rows_of_classes(nouns, [(own, *synonyms.get(own, ())) for own in base])
-    )
+    of_class = rows_of_classes(nouns, [(own, *synonyms.get(own, ())) for own in base])
+    taken = set(LabelRule.of(cache.key_inputs(Level.PSEUDO_LABEL)).backgrounds).union(*of_class)
     others = [row for row in range(len(nouns)) if row not in taken]
     if not others:
         raise HdovdError(
@@ -197,7 +197,8 @@ def _propose(
     kept = Round(selection, [nouns[row] for row in others], _to_find(cache, split, texts.float(), others, offered))
     parts = found_parts(folder, split, run.recipe(), origin, finder, selection, us, stop, kept)
     if us.leads:
-        _write(config, parts, sum(cache.counts(Source.PROPOSAL).values()), origin)
+        before = sum(cache.counts(Source.PROPOSAL).values())
+        _write(config, parts, before, objects_per_mention(split, of_class, offered), origin)
 
 
 def _to_find(
@@ -216,6 +217,17 @@ def _to_find(
     return found
 
 
+def objects_per_mention(
+    split: Split, of_class: Sequence[set[int]], offered: Mapping[int, Sequence[int]]
+) -> float | None:
+    """How many objects there are for each that the captions name, by base classes: their boxes, for each class of an
+    image that has some and is named. None without any. of_class: the noun rows of each; offered: by image.
+    """
+    classes = [({*image.labels.tolist()}, {*offered.get(image.id, ())}) for image in split.images]
+    named = sum(not of_class[label].isdisjoint(rows) for labels, rows in classes for label in labels)
+    return sum(len(image.boxes) for image in split.images) / named if named else None
+
+
 def _best(scores: Tensor, nouns: list[str]) -> tuple[dict[str, float], float]:
     """The nouns (N,) of the highest scores, and a score for all others, which is no higher."""
     best = scores.topk(min(NAMES + 1, len(nouns)))
@@ -224,8 +236,10 @@ def _best(scores: Tensor, nouns: list[str]) -> tuple[dict[str, float], float]:
     return dict(list(names.items())[:NAMES]), values[NAMES] if len(values) > NAMES else 0.0
 
 
-def _write(config: RelabelConfig, parts: Parts, before: int, origin: dict[str, Any]) -> None:
-    """The files of a round, of what its parts hold: `before` proposals, or as many as there are."""
+def _write(config: RelabelConfig, parts: Parts, before: int, per_mention: float | None, origin: dict[str, Any]) -> None:
+    """The files of a round, of what its parts hold: `per_mention` proposals for each noun that captions hold, or as
+    many as `before`; all, if there are fewer.
+    """
     found = dict[int, Proposals]()
     for part in parts.numbers():
         boxes, told = parts.read(part)
@@ -235,7 +249,8 @@ def _write(config: RelabelConfig, parts: Parts, before: int, origin: dict[str, A
     if not len(ranks):
         raise HdovdError(f"{config.run} finds nothing on the training images besides base boxes")
     offered = int((ranks > 1).sum())
-    best = np.argsort(-ranks, kind="stable")[: max(before, offered)]  # of equal scores the first images'
+    wanted = round(offered * per_mention) if offered and per_mention else before
+    best = np.argsort(-ranks, kind="stable")[: max(wanted, offered)]  # of equal scores the first images'
     counts = np.bincount(
         np.repeat(np.arange(len(found)), [len(own.scores) for own in found.values()])[best], minlength=len(found)
     )

@@ -34,7 +34,7 @@ from hdovd.pipelines.proposal_files.file import read_table
 from hdovd.pipelines.proposals import propose as proposal_parts
 from hdovd.pipelines.proposals.selection import USUAL, Selection
 from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
-from hdovd.pipelines.relabelling.relabel import Round, _best, _to_find, relabel
+from hdovd.pipelines.relabelling.relabel import Round, _best, _to_find, objects_per_mention, relabel
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train
 
@@ -62,13 +62,14 @@ def test_the_boxes_are_the_likeliest_objects_beside_base_boxes(
     scene: tuple[Path, RelabelConfig, list[str]], distilled: RunFolder, world: Path
 ) -> None:
     """Counted once more by the model itself: of all boxes that overlap neither a base box nor a better one, the best
-    for each noun of the image's captions, and then the likeliest objects, as many as there were.
+    for each noun of the image's captions, and then the likeliest objects, until there are as many for each such noun
+    as base boxes for each named base class.
     """
     cache, config, lines = scene
     before, after = FeatureCache(cache), FeatureCache(cache, "default-round2")
     found = read_table(config.proposals).by_image()
-    assert sum(map(len, (own.boxes for own in found.values()))) == sum(before.counts(Source.PROPOSAL).values())
-    assert sum(after.counts(Source.PROPOSAL).values()) == sum(before.counts(Source.PROPOSAL).values())
+    count = sum(map(len, (own.boxes for own in found.values())))
+    assert sum(after.counts(Source.PROPOSAL).values()) == count
     protocol = distilled.protocol()
     split = DataPaths(world).load("train2017", protocol, base_only=True)
     model = build_detector(distilled.recipe(), before.dim, initialise=False)
@@ -110,6 +111,11 @@ def test_the_boxes_are_the_likeliest_objects_beside_base_boxes(
     scores = np.concatenate([own.scores for own in found.values()])
     expected = np.sort(every)[-len(scores) :]
     assert 0 < offered == int((expected > 1).sum()) < len(scores)
+    mentions = [
+        sum(name in said[image.id] for name in {protocol.base[label] for label in image.labels.tolist()})
+        for image in split.images
+    ]
+    assert count == min(round(offered * sum(len(image.boxes) for image in split.images) / sum(mentions)), len(every))
     np.testing.assert_allclose(np.sort(scores), np.sort(np.where(expected > 1, expected - 1, expected)), atol=1e-5)
     for verdict in verdicts_of(config):
         assert not set(verdict["names"]) & {*BASE, *GROUNDS}
@@ -117,7 +123,7 @@ def test_the_boxes_are_the_likeliest_objects_beside_base_boxes(
         box = torch.tensor([x, y, x + w, y + h])
         own = [name for other, name in named[verdict["image_id"]] if (other - box).abs().max() < 0.1]
         assert own == [max(verdict["names"], key=verdict["names"].get)]
-    assert any(f"({len(scores):,d} before)" in line for line in lines)
+    assert any(f"({sum(before.counts(Source.PROPOSAL).values()):,d} before)" in line for line in lines)
 
 
 def test_a_noun_of_the_captions_has_its_best_box_however_low_its_score() -> None:
@@ -139,6 +145,17 @@ def test_a_noun_of_the_captions_has_its_best_box_however_low_its_score() -> None
     assert replace(kept, offered={})(image, boxes, scores)[1].tolist() == pytest.approx([0.9, 0.2, 0.1])
     nothing = kept(image, boxes[4:], scores[4:])
     assert (len(nothing[0]), len(kept(image, boxes[:0], scores[:0])[0])) == (0, 0)
+
+
+def test_objects_are_counted_for_each_named_class_of_an_image(distilled: RunFolder, world: Path) -> None:
+    split = DataPaths(world).load("train2017", distilled.protocol(), base_only=True)
+    first = next(image for image in split.images if len({*image.labels.tolist()}) == 2)
+    one, two = dict.fromkeys(first.labels.tolist())
+    of_class = [{10 + label, 40 + label} for label in range(len(BASE))]
+    own = replace(split, images=[first])
+    assert objects_per_mention(own, of_class, {first.id: [10 + one, 40 + one, 99]}) == len(first.boxes)
+    assert objects_per_mention(own, of_class, {first.id: [10 + one, 40 + two]}) == len(first.boxes) / 2
+    assert objects_per_mention(own, of_class, {first.id: [99], 0: [10]}) is None
 
 
 def test_a_noun_that_a_base_box_is_likelier_to_be_than_any_base_class_is_not_looked_for(
