@@ -36,11 +36,15 @@ B = TypeVar("B")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A batch to make: inputs from some pictures, `size` with what fills it up."""
+    """A batch to make: inputs from some pictures, `size` with what fills it up. `rows`: of the level, counted from its
+    first. `last`: of its part.
+    """
 
     level: Level
     jobs: Sequence[CropJob]
     size: int
+    rows: np.ndarray
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +56,6 @@ class Embedded:
     rows: np.ndarray
     problems: dict[int, str]
     files: dict[int, PictureFile]
-
-
-@dataclass(frozen=True, slots=True)
-class RowBatch:
-    """Rows of a level, counted from its first, and the batch that they are embedded in."""
-
-    rows: np.ndarray
-    wanted: Wanted
-    last: bool
 
 
 @dataclass(slots=True)
@@ -77,20 +72,17 @@ class PartRows:
     failed: dict[int, str] = field(default_factory=dict)
     files: dict[int, PictureFile] = field(default_factory=dict)
 
-    def batches(self, size: int) -> Iterator[RowBatch]:
+    def batches(self, size: int) -> Iterator[Wanted]:
         """In row order, all of the shape that `size` crops have, the last one filled up."""
-        groups = self.embedder.groups(self.start + np.flatnonzero(self.missing), size)
+        embedder = self.embedder
+        groups = embedder.groups(self.start + np.flatnonzero(self.missing), size)
         for number, some in enumerate(groups, 1):
-            yield RowBatch(
-                some,
-                Wanted(self.embedder.level, self.embedder.jobs(some), self.embedder.places(size)),
-                number == len(groups),
-            )
+            yield Wanted(embedder.level, embedder.jobs(some), embedder.places(size), some, number == len(groups))
 
-    def take(self, batch: RowBatch, answer: Embedded) -> None:
+    def take(self, batch: Wanted, answer: Embedded) -> None:
         """Enter the embeddings of a batch."""
         embeddings, start = answer.rows[: len(batch.rows)], 0
-        for job in batch.wanted.jobs:
+        for job in batch.jobs:
             if job.image_id in answer.problems:
                 embeddings[start : start + job.rows] = 0
             start += job.rows
