@@ -4,7 +4,7 @@ words.
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,6 +40,13 @@ def shorten(items: Sequence[object], most: int = 8) -> str:
     """`items` in one line, cut after `most` with a count of the rest."""
     shown = ", ".join(map(str, items[:most]))
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def refuse(faults: Mapping[str, object]) -> None:
+    """Raises HdovdError with the first text whose fault is there."""
+    for text, there in faults.items():
+        if there:
+            raise HdovdError(text)
 
 
 def counted(count: int, one: str, many: str = "") -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, refuse, shorten
 from hdovd.core.text_files import checked_name, cut, read_shipped, shipped, shown
 
 
@@ -101,24 +101,24 @@ def parse_protocol(values: dict[str, Any]) -> Protocol:
             checked_name(name, f"{key} must be a list of class names: number {place}")
     names = [*values["base"], *values["novel"]]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice or not values["base"]:
-        raise HdovdError(f"named twice: {shorten(list(twice))}" if twice else "base holds no class name")
     settings = {key: values.get(key, default) for key, default in _DEFAULTS.items()}
     side, dets = settings["min_image_side_px"], settings["max_detections"]
-    if (
-        type(side) is not int
-        or not isinstance(dets, list | tuple)
-        or not dets
-        or not all(type(d) is int and d > 0 for d in dets)
-    ):
-        raise HdovdError(
-            f"min_image_side_px must be a whole number and max_detections a list of them: {cut(f'{side!r}, {dets!r}')}"
-        )
+    are_dets = isinstance(dets, list | tuple) and dets and all(type(d) is int and d > 0 for d in dets)
     switches = [settings[switch] for switch in _SWITCHES]
-    if not all(isinstance(switch, bool) for switch in switches):
-        raise HdovdError(f"{' and '.join(_SWITCHES)} must be true or false: {cut(repr(switches))}")
-    if settings["metric"] not in METRICS:
-        raise HdovdError(f"metric is {shown(settings['metric'])}, expected {' or '.join(METRICS)}")
+    refuse(
+        {
+            f"named twice: {shorten(list(twice))}": twice,
+            "base holds no class name": not values["base"],
+            f"min_image_side_px must be a whole number and max_detections a list of them: "
+            f"{cut(f'{side!r}, {dets!r}')}": type(side) is not int or not are_dets,
+            f"{' and '.join(_SWITCHES)} must be true or false: {cut(repr(switches))}": (
+                not all(isinstance(switch, bool) for switch in switches)
+            ),
+            f"metric is {shown(settings['metric'])}, expected {' or '.join(METRICS)}": (
+                settings["metric"] not in list(METRICS)
+            ),
+        }
+    )
     settings |= {"max_detections": tuple(dets), "groups": _groups(settings["groups"], names)}
     return Protocol(checked_name(values["name"], "name"), tuple(values["base"]), tuple(values["novel"]), **settings)
 

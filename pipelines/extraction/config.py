@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, is_set_name
 from hdovd.cache.identity import KeyInputs
 from hdovd.cache.schema import CHUNK_ROWS, PART_ROWS
-from hdovd.core.errors import HdovdError, is_file, require_files
+from hdovd.core.errors import HdovdError, is_file, refuse, require_files
 from hdovd.data.coco import DataPaths, Exif
 from hdovd.data.forms.base import AUTO
 from hdovd.data.protocol import load_protocol
@@ -59,10 +59,14 @@ class LabelRule:
     judged: str | None = None
 
     def __post_init__(self) -> None:
-        if self.top < 1:
-            raise HdovdError(f"--label-top-k {self.top}: expected 1 or more")
-        if not 0 < self.temperature < float("inf"):
-            raise HdovdError(f"--label-temperature {self.temperature}: expected a number above 0")
+        refuse(
+            {
+                f"--label-top-k {self.top}: expected 1 or more": self.top < 1,
+                f"--label-temperature {self.temperature}: expected a number above 0": (
+                    not 0 < self.temperature < float("inf")
+                ),
+            }
+        )
 
     def inputs(self) -> KeyInputs:
         """What the rule adds to the identity of labels: no temperature for one noun, whose weight is 1 at any."""
@@ -313,35 +317,46 @@ class ExtractConfig(FeaturesOptions):
     ] = Exif.APPLY
 
     def __post_init__(self) -> None:
-        if self.nouns is not None and (self.vocabulary is not None or self.captions is not None):
-            raise HdovdError(
-                "--nouns holds a vocabulary and what of it each image offers: leave --vocabulary and --captions out"
-            )
-        if self.captions is not None and self.vocabulary is None:
-            raise HdovdError(
-                "--captions needs --vocabulary too: the names, one a line, that are looked for in the captions"
-            )
-        for option in ("vocabulary", "nouns"):
-            if self.proposals is None and getattr(self, option) is not None:
-                raise HdovdError(f"--{option} names pseudo boxes, and there are none without --proposals")
-        if self.labels.top > 1 and self.vocabulary is None and self.nouns is None:
-            raise HdovdError(
+        has_nouns = self.vocabulary is not None or self.nouns is not None
+        refuse(
+            {
+                "--nouns holds a vocabulary and what of it each image offers: leave --vocabulary and --captions out": (
+                    self.nouns is not None and (self.vocabulary is not None or self.captions is not None)
+                ),
+                "--captions needs --vocabulary too: the names, one a line, that are looked for in the captions": (
+                    self.captions is not None and self.vocabulary is None
+                ),
+                "--vocabulary names pseudo boxes, and there are none without --proposals": (
+                    self.proposals is None and self.vocabulary is not None
+                ),
+                "--nouns names pseudo boxes, and there are none without --proposals": (
+                    self.proposals is None and self.nouns is not None
+                ),
                 f"--label-top-k {self.labels.top} is of pseudo labels, and there are none without --nouns or "
-                f"--vocabulary"
-            )
-        if self.verdicts is not None and self.vocabulary is None and self.nouns is None:
-            raise HdovdError("--verdicts choose among nouns, and there are none without --nouns or --vocabulary")
-        if self.synonyms is not None and self.class_embeddings is not None:
-            raise HdovdError("--synonyms has no use with --class-embeddings, which takes the place of all class names")
-        if self.submitit is not None and self.executor is not Executor.SUBMITIT:
-            raise HdovdError("--submitit says how --executor submitit starts its jobs: give both")
-        if self.retry_failed and self.executor is Executor.SUBMITIT:
-            raise HdovdError("--retry-failed has little to do: give it without --executor submitit")
+                f"--vocabulary": self.labels.top > 1 and not has_nouns,
+                "--verdicts choose among nouns, and there are none without --nouns or --vocabulary": (
+                    self.verdicts is not None and not has_nouns
+                ),
+                "--synonyms has no use with --class-embeddings, which takes the place of all class names": (
+                    self.synonyms is not None and self.class_embeddings is not None
+                ),
+                "--submitit says how --executor submitit starts its jobs: give both": (
+                    self.submitit is not None and self.executor is not Executor.SUBMITIT
+                ),
+                "--retry-failed has little to do: give it without --executor submitit": (
+                    self.retry_failed and self.executor is Executor.SUBMITIT
+                ),
+            }
+        )
         check_templates(self.templates)
-        if self.part_rows < 1 or (self.part_rows > CHUNK_ROWS and self.part_rows % CHUNK_ROWS):
-            raise HdovdError(f"--part-rows {self.part_rows}: expected at most {CHUNK_ROWS}, or a multiple of it")
-        if not is_set_name(self.features):
-            raise HdovdError(f"--features {self.features[:100]!r}: expected {SET_NAME_TOLD}")
+        refuse(
+            {
+                f"--part-rows {self.part_rows}: expected at most {CHUNK_ROWS}, or a multiple of it": (
+                    self.part_rows < 1 or (self.part_rows > CHUNK_ROWS and self.part_rows % CHUNK_ROWS)
+                ),
+                f"--features {self.features[:100]!r}: expected {SET_NAME_TOLD}": not is_set_name(self.features),
+            }
+        )
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

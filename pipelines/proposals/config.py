@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, refuse
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.options import RECIPE, DataOptions, Device, NetworkOptions, Option
 from hdovd.pipelines.proposal_files.options import require_form
@@ -93,12 +93,20 @@ class ProposeConfig(NetworkOptions, DataOptions):
             require_form(self.out)
         if self.report:
             self._check_report()
-        elif self.out is None:
-            raise HdovdError("--out FILE is missing: the proposal file to write (or --report, to count recall alone)")
-        elif len(self.detector) > 1 or len(self.checkpoint) > 1:
-            raise HdovdError("one --detector or --checkpoint makes a proposal file; several are compared with --report")
-        elif self.detector and self.checkpoint:
-            raise HdovdError("--checkpoint is a network of one kind already: leave --detector out")
+        else:
+            refuse(
+                {
+                    "--out FILE is missing: the proposal file to write (or --report, to count recall alone)": (
+                        self.out is None
+                    ),
+                    "one --detector or --checkpoint makes a proposal file; several are compared with --report": (
+                        len(self.detector) > 1 or len(self.checkpoint) > 1
+                    ),
+                    "--checkpoint is a network of one kind already: leave --detector out": (
+                        self.detector and self.checkpoint
+                    ),
+                }
+            )
         if self.trained or not self.report:
             self.data.locate("train2017")
         for file in self.checkpoint:
