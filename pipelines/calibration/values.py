@@ -81,10 +81,10 @@ class LabelOrigin:
         ):
             return None
         name, tag = str(self.made_with.get("clip")), self.made_with.get("weights") or self.made_with.get("pretrained")
-        for clip, (model, hub) in CLIPS.items():
-            if name == hub or (name.removesuffix("-quickgelu") == model and tag == "openai"):
-                return clip, HAND_WRITTEN
-        return None
+        of_openai = name.removesuffix("-quickgelu") if tag == "openai" else ""
+        return next(
+            ((clip, HAND_WRITTEN) for clip, (model, hub) in CLIPS.items() if hub == name or model == of_openai), None
+        )
 
 
 def origin_of(cache: FeatureCache) -> LabelOrigin:

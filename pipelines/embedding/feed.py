@@ -81,11 +81,9 @@ class PartRows:
 
     def take(self, batch: Wanted, answer: Embedded) -> None:
         """Enter the embeddings of a batch."""
-        embeddings, start = answer.rows[: len(batch.rows)], 0
-        for job in batch.jobs:
-            if job.image_id in answer.problems:
-                embeddings[start : start + job.rows] = 0
-            start += job.rows
+        unread = [job.image_id in answer.problems for job in batch.jobs]
+        embeddings = answer.rows[: len(batch.rows)]
+        embeddings[np.repeat(unread, [job.rows for job in batch.jobs])] = 0
         self.embedding[batch.rows - self.start] = embeddings
         self.failed |= answer.problems
         self.files |= answer.files
@@ -158,18 +156,16 @@ def own_threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def in_order(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
-    """`function` of every item, in order, at most `ahead` of them begun before their answer is taken."""
+    """`function` of every item, in order, at most `ahead` of them begun before their answer is taken. After an error it
+    is the pool's to drop what waits, as `own_threads` does.
+    """
     begun: deque[Future[B]] = deque()
-    try:
-        for item in items:
-            begun.append(pool.submit(function, item))
-            if len(begun) >= ahead:
-                yield begun.popleft().result()
-        while begun:
+    for item in items:
+        begun.append(pool.submit(function, item))
+        if len(begun) >= ahead:
             yield begun.popleft().result()
-    finally:
-        for future in begun:
-            future.cancel()
+    while begun:
+        yield begun.popleft().result()
 
 
 class _Batches(Dataset[tuple[Level, Batch]]):

@@ -11,6 +11,7 @@ shard has been read back.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -79,7 +80,8 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
             "allowed, since captions hold them, and to be reported with results"
         )
     if teacher is None:
-        made: Teacher = TEACHERS.find(config.teacher)(
+        load: Callable[..., Teacher] = TEACHERS.find(config.teacher)
+        teacher = load(
             config.clip,
             config.pretrained,
             device=_own_device(config.device),
@@ -87,7 +89,6 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
             activation=config.activation,
             cached=partial(cached_precision, catalog, config.features),
         )
-        teacher = made
     log(*teacher.notes)
     if classes.embeddings is not None and classes.embeddings.shape[1] != teacher.dim:
         raise HdovdError(
@@ -139,10 +140,9 @@ def cached_precision(catalog: Catalog | None, features: str, clip: KeyInputs) ->
         return None
     named = catalog.sets().get(features, FeatureSet({})).levels
     products = sorted(catalog.products(), key=lambda product: named.get(product.level) != product.key)
-    for found in (product.attributes["key_inputs"].get("clip", {}) for product in products):
-        if all(found.get(name) == value for name, value in clip.items()):
-            return Precision.of(found.get("compute_dtype"))
-    return None
+    known = (product.attributes["key_inputs"].get("clip", {}) for product in products)
+    same = (found.get("compute_dtype") for found in known if found | clip == found)
+    return Precision.of(next(same, None))
 
 
 def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:

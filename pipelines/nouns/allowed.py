@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, refuse
 from hdovd.core.json_stream import JsonStream
 from hdovd.core.text_files import checked_name, cut, read_json, shown
 from hdovd.data.coco import whole
@@ -133,19 +133,19 @@ def write_noun_file(path: Path, nouns: Nouns, made_by: Mapping[str, Any], unmatc
 
 def read_noun_file(path: Path) -> Nouns:
     """Raises HdovdError if it is no such file, or a row is none of its vocabulary."""
-    tree, where = read_json(path, "--nouns"), f"--nouns {path}"
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise HdovdError(
-            f'{where} is no file of nouns: expected {{"format": "{FORMAT}", ...}}; make one with hdovd nouns'
-        )
-    if tree.get("version") != VERSION:
-        raise HdovdError(
-            f"{where} is of version {shown(tree.get('version'))}, this hdovd reads {VERSION}: make it again with hdovd "
-            f"nouns"
-        )
+    found, where = read_json(path, "--nouns"), f"--nouns {path}"
+    tree: Any = found if isinstance(found, dict) else {}
     vocabulary, images = tree.get("vocabulary"), tree.get("images")
-    if not isinstance(vocabulary, list) or not vocabulary:
-        raise HdovdError(f"{where}: vocabulary must be a list of names")
+    refuse(
+        {
+            f'{where} is no file of nouns: expected {{"format": "{FORMAT}", ...}}; make one with hdovd nouns': (
+                tree.get("format") != FORMAT
+            ),
+            f"{where} is of version {shown(tree.get('version'))}, this hdovd reads {VERSION}: make it again with hdovd "
+            f"nouns": tree.get("version") != VERSION,
+            f"{where}: vocabulary must be a list of names": not isinstance(vocabulary, list) or not vocabulary,
+        }
+    )
     for row, name in enumerate(vocabulary):
         checked_name(name, f"{where}: vocabulary must be a list of names: number {row}")
     if twice := [name for name, count in Counter(vocabulary).items() if count > 1]:

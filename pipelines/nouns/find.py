@@ -73,8 +73,7 @@ def find_nouns(job: NounsConfig) -> NounsReport:
             f"vocabulary has its way, --stop-list takes them out"
         )
     captions = Captions(job.captions)
-    with progress(finder(captions), "nouns", "caption") as bar:
-        report = _collect(bar, captions, finder.vocabulary)
+    report = _collect(progress(finder(captions), "nouns", "caption"), captions, finder.vocabulary)
     if not any(report.images_of.values()):
         raise HdovdError(
             f"{job.captions}: {report.captions} captions, and none holds a noun"

@@ -139,11 +139,9 @@ def _grouped(image_id: np.ndarray, box: np.ndarray, score: np.ndarray, order: np
     stops = np.append(starts[1:], len(order))
     if not len(order):
         return {}
-    found = {}
-    for at in np.argsort(np.minimum.reduceat(order, starts)).tolist():
-        rows = slice(starts[at], stops[at])
-        found[sorted_id.item(rows.start)] = Proposals(box[rows], score[rows])
-    return found
+    met = np.argsort(np.minimum.reduceat(order, starts))
+    images = zip(starts[met].tolist(), stops[met].tolist(), strict=True)
+    return {sorted_id.item(start): Proposals(box[start:stop], score[start:stop]) for start, stop in images}
 
 
 def _reason(box: np.ndarray, edge: np.ndarray, score: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ box, D embedding size.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -154,12 +154,10 @@ class _ResNet:
 
     def map(self, pixels: Tensor) -> Tensor:
         v = self._visual
-        features: Tensor = v.layer3(v.layer2(v.layer1(v.stem(pixels))))
-        return features
+        return cast(Tensor, v.layer3(v.layer2(v.layer1(v.stem(pixels)))))
 
     def pool(self, bins: Tensor) -> Tensor:
-        pooled: Tensor = self._visual.attnpool(self._visual.layer4(bins))
-        return pooled
+        return cast(Tensor, self._visual.attnpool(self._visual.layer4(bins)))
 
 
 class _OpenClipVit:
@@ -189,13 +187,11 @@ class _OpenClipVit:
         maps = self._visual.forward_intermediates(
             pixels, indices=1, intermediates_only=True, normalize_intermediates=not self._norm_last
         )
-        last: Tensor = maps["image_intermediates"][0]
-        return last
+        return cast(Tensor, maps["image_intermediates"][0])
 
     def pool(self, bins: Tensor) -> Tensor:
         mean = bins.flatten(1)
-        rows: Tensor = (self._visual.ln_post(mean) if self._norm_last else mean) @ self._visual.proj
-        return rows
+        return cast(Tensor, (self._visual.ln_post(mean) if self._norm_last else mean) @ self._visual.proj)
 
 
 class _TimmVit:
@@ -223,16 +219,13 @@ class _TimmVit:
         )
 
     def map(self, pixels: Tensor) -> Tensor:
-        last: Tensor = self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[
-            0
-        ]
-        return last
+        maps = self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)
+        return cast(Tensor, maps[0])
 
     def pool(self, bins: Tensor) -> Tensor:
         trunk, tokens = self._visual.trunk, bins.flatten(2).transpose(1, 2)
         pooled = tokens.mean(dim=1) if trunk.attn_pool is None else trunk.attn_pool(tokens)
-        rows: Tensor = self._visual.head(trunk.head(trunk.fc_norm(pooled)))
-        return rows
+        return cast(Tensor, self._visual.head(trunk.head(trunk.fc_norm(pooled))))
 
 
 class _OwnValue(nn.Module):

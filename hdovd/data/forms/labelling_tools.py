@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree.ElementTree import Element
 
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, refuse, shorten
 from hdovd.core.json_stream import JsonStream
 from hdovd.core.log import log
 from hdovd.core.picture_header import ENDINGS, upright_size
@@ -90,16 +90,14 @@ def _read_all(
             found[place] = one
         elif one.boxes is not None:
             lost.append(cut(one.names[0]))
-    if len(lists) > 1:
-        raise HdovdError(
+    refuse(
+        {
             f"{root}: boxes have labels of several lists ({shorten(sorted(lists))}), but classes are of one: take the "
-            f"regions of the others out"
-        )
-    if lost:
-        raise HdovdError(
+            f"regions of the others out": len(lists) > 1,
             f"{root}: {len(lost)} of {len(lost) + len(found)} pictures of {split} are not there ({shorten(lost)}): put "
-            f"them into {root / 'images'}, by these names or the last parts of them"
-        )
+            f"them into {root / 'images'}, by these names or the last parts of them": lost,
+        }
+    )
     log(
         *(
             f"note: {root} ({split}): {len(names):,d} {note} ({shorten(list(dict.fromkeys(names)))})"
