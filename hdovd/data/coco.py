@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from hdovd.core.errors import HdovdError, counted, refuse, shorten
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.json_stream import JsonStream
 from hdovd.core.log import log
 from hdovd.core.text_files import LONGEST_PATH, checked_name, shown
@@ -587,16 +587,10 @@ class DataPaths:
 
     def annotation_file(self, split: str) -> Path:
         """Raises HdovdError if it is not there."""
-        refuse(
-            {
-                "give --data ROOT, or both --images and --annotations": (
-                    self.root is None and (self.images is None or self.annotations is None)
-                ),
-                f"--data {self.root}: no such folder; expected a data set such as COCO's (docs/DATA.md)": (
-                    self.root is not None and not self.root.is_dir()
-                ),
-            }
-        )
+        if self.root is None and (self.images is None or self.annotations is None):
+            raise HdovdError("give --data ROOT, or both --images and --annotations")
+        if self.root is not None and not self.root.is_dir():
+            raise HdovdError(f"--data {self.root}: no such folder; expected a data set such as COCO's (docs/DATA.md)")
         annotations = self.annotations or self._form().annotations(self.root or Path(), split)
         if not annotations.is_file():
             raise HdovdError(f"annotations: no file {annotations}")

@@ -129,16 +129,12 @@ def _groups(given: Any, names: list[str]) -> dict[str, tuple[str, ...]]:
         raise HdovdError(f"groups must be a table of lists of class names, not {shown(given)}")
     known = set(names)
     for group, own in given.items():
-        is_list = isinstance(own, list | tuple) and own and all(isinstance(name, str) for name in own)
-        strange = [name for name in own if name not in known] if is_list else []
-        refuse(
-            {
-                f"groups: every protocol has a group {group!r} already: give it another name": (
-                    checked_name(group, "groups: a name") in GROUPS
-                ),
-                f"groups: {cut(group)} must be a list of class names, not {shown(own)}": not is_list,
-                f"groups: {cut(group)} holds {shorten(strange)}, neither base nor novel classes": strange,
-                f"groups: {cut(group)} names a class twice": is_list and len(set(own)) < len(own),
-            }
-        )
+        if checked_name(group, "groups: a name") in GROUPS:
+            raise HdovdError(f"groups: every protocol has a group {group!r} already: give it another name")
+        if not isinstance(own, list | tuple) or not own or not all(isinstance(name, str) for name in own):
+            raise HdovdError(f"groups: {cut(group)} must be a list of class names, not {shown(own)}")
+        if strange := [name for name in own if name not in known]:
+            raise HdovdError(f"groups: {cut(group)} holds {shorten(strange)}, neither base nor novel classes")
+        if len(set(own)) < len(own):
+            raise HdovdError(f"groups: {cut(group)} names a class twice")
     return {group: tuple(own) for group, own in given.items()}

@@ -82,9 +82,8 @@ class PartRows:
     def take(self, batch: Wanted, answer: Embedded) -> None:
         """Enter the embeddings of a batch."""
         unread = [job.image_id in answer.problems for job in batch.jobs]
-        embeddings = answer.rows[: len(batch.rows)]
-        embeddings[np.repeat(unread, [job.rows for job in batch.jobs])] = 0
-        self.embedding[batch.rows - self.start] = embeddings
+        blank = np.repeat(unread, [job.rows for job in batch.jobs])
+        self.embedding[batch.rows - self.start] = np.where(blank[:, None], 0, answer.rows[: len(batch.rows)])
         self.failed |= answer.problems
         self.files |= answer.files
 

@@ -59,14 +59,10 @@ class LabelRule:
     judged: str | None = None
 
     def __post_init__(self) -> None:
-        refuse(
-            {
-                f"--label-top-k {self.top}: expected 1 or more": self.top < 1,
-                f"--label-temperature {self.temperature}: expected a number above 0": (
-                    not 0 < self.temperature < float("inf")
-                ),
-            }
-        )
+        if self.top < 1:
+            raise HdovdError(f"--label-top-k {self.top}: expected 1 or more")
+        if not 0 < self.temperature < float("inf"):
+            raise HdovdError(f"--label-temperature {self.temperature}: expected a number above 0")
 
     def inputs(self) -> KeyInputs:
         """What the rule adds to the identity of labels: no temperature for one noun, whose weight is 1 at any."""
@@ -317,37 +313,7 @@ class ExtractConfig(FeaturesOptions):
     ] = Exif.APPLY
 
     def __post_init__(self) -> None:
-        has_nouns = self.vocabulary is not None or self.nouns is not None
-        refuse(
-            {
-                "--nouns holds a vocabulary and what of it each image offers: leave --vocabulary and --captions out": (
-                    self.nouns is not None and (self.vocabulary is not None or self.captions is not None)
-                ),
-                "--captions needs --vocabulary too: the names, one a line, that are looked for in the captions": (
-                    self.captions is not None and self.vocabulary is None
-                ),
-                "--vocabulary names pseudo boxes, and there are none without --proposals": (
-                    self.proposals is None and self.vocabulary is not None
-                ),
-                "--nouns names pseudo boxes, and there are none without --proposals": (
-                    self.proposals is None and self.nouns is not None
-                ),
-                f"--label-top-k {self.labels.top} is of pseudo labels, and there are none without --nouns or "
-                f"--vocabulary": self.labels.top > 1 and not has_nouns,
-                "--verdicts choose among nouns, and there are none without --nouns or --vocabulary": (
-                    self.verdicts is not None and not has_nouns
-                ),
-                "--synonyms has no use with --class-embeddings, which takes the place of all class names": (
-                    self.synonyms is not None and self.class_embeddings is not None
-                ),
-                "--submitit says how --executor submitit starts its jobs: give both": (
-                    self.submitit is not None and self.executor is not Executor.SUBMITIT
-                ),
-                "--retry-failed has little to do: give it without --executor submitit": (
-                    self.retry_failed and self.executor is Executor.SUBMITIT
-                ),
-            }
-        )
+        refuse(self._together())
         check_templates(self.templates)
         refuse(
             {
@@ -357,6 +323,38 @@ class ExtractConfig(FeaturesOptions):
                 f"--features {self.features[:100]!r}: expected {SET_NAME_TOLD}": not is_set_name(self.features),
             }
         )
+
+    def _together(self) -> dict[str, object]:
+        """Options that do not go together: whether they are given, by what is wrong."""
+        has_nouns = self.vocabulary is not None or self.nouns is not None
+        return {
+            "--nouns holds a vocabulary and what of it each image offers: leave --vocabulary and --captions out": (
+                self.nouns is not None and (self.vocabulary is not None or self.captions is not None)
+            ),
+            "--captions needs --vocabulary too: the names, one a line, that are looked for in the captions": (
+                self.captions is not None and self.vocabulary is None
+            ),
+            "--vocabulary names pseudo boxes, and there are none without --proposals": (
+                self.proposals is None and self.vocabulary is not None
+            ),
+            "--nouns names pseudo boxes, and there are none without --proposals": (
+                self.proposals is None and self.nouns is not None
+            ),
+            f"--label-top-k {self.labels.top} is of pseudo labels, and there are none without --nouns or "
+            f"--vocabulary": self.labels.top > 1 and not has_nouns,
+            "--verdicts choose among nouns, and there are none without --nouns or --vocabulary": (
+                self.verdicts is not None and not has_nouns
+            ),
+            "--synonyms has no use with --class-embeddings, which takes the place of all class names": (
+                self.synonyms is not None and self.class_embeddings is not None
+            ),
+            "--submitit says how --executor submitit starts its jobs: give both": (
+                self.submitit is not None and self.executor is not Executor.SUBMITIT
+            ),
+            "--retry-failed has little to do: give it without --executor submitit": (
+                self.retry_failed and self.executor is Executor.SUBMITIT
+            ),
+        }
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
 from hdovd.cache.schema import DEFAULT_SET, TAR_SAMPLES, Level
-from hdovd.core.errors import HdovdError, refuse, shorten
+from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths, Exif, Split
 from hdovd.data.forms.base import AUTO, FORMS
 from hdovd.data.protocol import Protocol, load_protocol
@@ -128,17 +128,10 @@ class ExportConfig(CacheSource):
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
-        on_this_machine = self.to in (ExportForm.LANCE, ExportForm.CROPS)
-        refuse(
-            {
-                f"--out {self.out}: expected a file whose name ends in .parquet": (
-                    self.to is ExportForm.PARQUET and Path(self.out).suffix != ".parquet"
-                ),
-                f"--out {self.out}: expected a folder on this machine, for --to {self.to}": (
-                    on_this_machine and "://" in str(self.out)
-                ),
-            }
-        )
+        if self.to is ExportForm.PARQUET and Path(self.out).suffix != ".parquet":
+            raise HdovdError(f"--out {self.out}: expected a file whose name ends in .parquet")
+        if self.to in (ExportForm.LANCE, ExportForm.CROPS) and "://" in str(self.out):
+            raise HdovdError(f"--out {self.out}: expected a folder on this machine, for --to {self.to}")
         CacheSource.check(self)
 
 

@@ -6,7 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.core.errors import refuse
+from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.options import Option
 from hdovd.pipelines.extraction.source import CacheSource
 
@@ -39,16 +39,9 @@ class ExportLabelsConfig(CacheSource):
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
-        of_file = Path(self.cache).is_file()
-        refuse(
-            {
-                f"--out {self.out} is there already: give a folder that is new or empty": (
-                    self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
-                ),
-                f"no file {self.cache}: name what hdovd detect, eval or search wrote, or a cache": (
-                    not of_file and str(self.cache).endswith(".json")
-                ),
-            }
-        )
-        if not of_file:
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise HdovdError(f"--out {self.out} is there already: give a folder that is new or empty")
+        if not Path(self.cache).is_file():
+            if str(self.cache).endswith(".json"):
+                raise HdovdError(f"no file {self.cache}: name what hdovd detect, eval or search wrote, or a cache")
             CacheSource.check(self)

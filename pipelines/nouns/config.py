@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.core.errors import refuse, require_files
+from hdovd.core.errors import HdovdError, require_files
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.name_list import read_vocabulary
 from hdovd.pipelines.common.options import Option, Protocol
@@ -45,15 +45,14 @@ class NounsConfig:
     protocol: Protocol = "ov-coco"
 
     def __post_init__(self) -> None:
-        read = [file.absolute() for file in (self.captions, self.vocabulary, self.stop_list) if file is not None]
-        refuse(
-            {
-                f"--out {self.out} is a folder: expected the file to write, such as {self.out / 'nouns.json'}": (
-                    self.out.is_dir()
-                ),
-                f"--out {self.out} is one of the files that are read: name another": self.out.absolute() in read,
-            }
-        )
+        if self.out.is_dir():
+            raise HdovdError(
+                f"--out {self.out} is a folder: expected the file to write, such as {self.out / 'nouns.json'}"
+            )
+        if self.out.absolute() in {
+            file.absolute() for file in (self.captions, self.vocabulary, self.stop_list) if file is not None
+        }:
+            raise HdovdError(f"--out {self.out} is one of the files that are read: name another")
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

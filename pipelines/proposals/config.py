@@ -94,23 +94,22 @@ class ProposeConfig(NetworkOptions, DataOptions):
         if self.report:
             self._check_report()
         else:
-            refuse(
-                {
-                    "--out FILE is missing: the proposal file to write (or --report, to count recall alone)": (
-                        self.out is None
-                    ),
-                    "one --detector or --checkpoint makes a proposal file; several are compared with --report": (
-                        len(self.detector) > 1 or len(self.checkpoint) > 1
-                    ),
-                    "--checkpoint is a network of one kind already: leave --detector out": (
-                        self.detector and self.checkpoint
-                    ),
-                }
-            )
+            self._check_one_file()
         if self.trained or not self.report:
             self.data.locate("train2017")
         for file in self.checkpoint:
             require_network(file)
+
+    def _check_one_file(self) -> None:
+        several = len(self.detector) > 1 or len(self.checkpoint) > 1
+        refuse(
+            {
+                "--out FILE is missing: the proposal file to write (or --report, to count recall alone)": not self.out,
+                "one --detector or --checkpoint makes a proposal file; several are compared with --report": several,
+                "--checkpoint is a network of one kind already: leave --detector out": self.detector
+                and self.checkpoint,
+            }
+        )
 
     def _check_report(self) -> None:
         if self.validation is None:

@@ -21,6 +21,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.helpers import to_2tuple
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
@@ -91,7 +92,7 @@ def _cell(visual: nn.Module) -> int:
     if isinstance(visual, ModifiedResNet):
         return 16  # of layer 3
     patched: Any = getattr(visual.trunk, "patch_embed", None) if isinstance(visual, TimmModel) else visual
-    height, width = getattr(patched, "patch_size", (1, 1))
+    height, width = to_2tuple(getattr(patched, "patch_size", 1))
     if height != width:
         raise HdovdError(f"no dense features of a CLIP whose patches are {height}x{width} pixels: they must be square")
     return int(height)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hdovd.core.errors import HdovdError, refuse
+from hdovd.core.errors import HdovdError
 from hdovd.core.registry import Registry
 
 AUTO, COCO = "auto", "coco"
@@ -58,11 +58,9 @@ def find_form(name: str, root: Path) -> Form:
         fitting += [name] if any(any(root.glob(one)) for one in forms[name].looks_for) else []
         if fitting == [COCO]:
             return forms[COCO]
+    if len(fitting) == 1:
+        return forms[fitting[0]]
+    if fitting:
+        raise HdovdError(f"--data {root} is of several forms: say which with --form {' or '.join(fitting)}")
     looked = "; ".join(f"{name}: {' or '.join(form.looks_for)}" for name, form in forms.items())
-    refuse(
-        {
-            f"--data {root} is of several forms: say which with --form {' or '.join(fitting)}": len(fitting) > 1,
-            f"--data {root} is of no known form. Looked for {looked}. See docs/DATA.md, or give --form": not fitting,
-        }
-    )
-    return forms[fitting[0]]
+    raise HdovdError(f"--data {root} is of no known form. Looked for {looked}. See docs/DATA.md, or give --form")
