@@ -101,13 +101,13 @@ class ProposeConfig(NetworkOptions, DataOptions):
             require_network(file)
 
     def _check_one_file(self) -> None:
-        several = len(self.detector) > 1 or len(self.checkpoint) > 1
+        """Raises HdovdError for what makes no proposal file, or several."""
+        several, both = len(self.detector) > 1 or len(self.checkpoint) > 1, self.detector and self.checkpoint
         refuse(
             {
                 "--out FILE is missing: the proposal file to write (or --report, to count recall alone)": not self.out,
                 "one --detector or --checkpoint makes a proposal file; several are compared with --report": several,
-                "--checkpoint is a network of one kind already: leave --detector out": self.detector
-                and self.checkpoint,
+                "--checkpoint is a network of one kind already: leave --detector out": both,
             }
         )
 
