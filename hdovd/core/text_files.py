@@ -19,6 +19,7 @@ from hdovd.core.errors import HdovdError, is_file, system_reason
 
 DAMAGED = (OSError, EOFError, zlib.error)  # what reading a file raises, a packed one too
 LONGEST_NAME = 200
+LONGEST_PATH = 4096
 _CUT = 80
 _GZIP = b"\x1f\x8b"
 # Control characters, line separators, marks that turn the direction of what follows, byte-order marks, halves of

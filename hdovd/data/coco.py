@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.json_stream import JsonStream
 from hdovd.core.log import log
-from hdovd.core.text_files import checked_name, shown
+from hdovd.core.text_files import LONGEST_PATH, checked_name, shown
 from hdovd.data.forms.base import AUTO, COCO, Form, find_form
 from hdovd.data.protocol import Protocol
 
@@ -32,7 +32,6 @@ _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")  # of LVIS
 _IMAGE_KEYS = ("id", "file_name", "coco_url", "width", "height", *_FEDERATED)
 _MOST = (1 << 63) - 1  # of ids: caches hold them in 64 bits
 _LONGEST_SIDE = (1 << 31) - 1
-_LONGEST_PATH = 4096
 _IN_WORDS = ("not LVIS's (its images have no neg_category_ids)", "LVIS's (its images have neg_category_ids)")
 
 
@@ -493,13 +492,13 @@ def _images(
         if number in images:
             raise HdovdError(f"{file}: image id {number} stands twice")
         if name is None:
-            name = _name_of_url(checked_name(entry["coco_url"], f"{where}: coco_url", _LONGEST_PATH), folder)
+            name = _name_of_url(checked_name(entry["coco_url"], f"{where}: coco_url", LONGEST_PATH), folder)
         elif isinstance(name, str) and name.startswith("images/v") and folder and not (folder / "images").is_dir():
             name = "/".join(PurePosixPath(name).parts[-2:])  # Objects365 has images/v1/patch8/x.jpg in train/patch8
         checked_name(
             re.sub("[\udc80-\udcff]", "?", name) if any_bytes and isinstance(name, str) else name,
             f"{where}: file_name",
-            _LONGEST_PATH,
+            LONGEST_PATH,
         )
         images[number] = (
             _inside(name, folder, file, where),

@@ -117,7 +117,7 @@ def parse_protocol(values: dict[str, Any]) -> Protocol:
     switches = [settings[switch] for switch in _SWITCHES]
     if not all(isinstance(switch, bool) for switch in switches):
         raise HdovdError(f"{' and '.join(_SWITCHES)} must be true or false: {cut(repr(switches))}")
-    if settings["metric"] not in METRICS:
+    if settings["metric"] not in [*METRICS]:  # a list is no key
         raise HdovdError(f"metric is {shown(settings['metric'])}, expected {' or '.join(METRICS)}")
     settings |= {"max_detections": tuple(dets), "groups": _groups(settings["groups"], names)}
     return Protocol(checked_name(values["name"], "name"), tuple(values["base"]), tuple(values["novel"]), **settings)

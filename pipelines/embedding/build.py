@@ -11,6 +11,6 @@ def embedders_of(teacher: Teacher, pictures: Pictures, recipe: CropRecipe | Dens
     whole = WholePictures(teacher, pictures)
     if isinstance(recipe, CropRecipe):
         return {Level.IMAGE: whole, Level.INSTANCE: Crops(teacher, pictures, recipe)}
-    from hdovd.pipelines.embedding.dense import DenseBoxes, require_clip
+    from hdovd.pipelines.embedding.dense import DenseBoxes
 
-    return {Level.IMAGE: whole, Level.INSTANCE: DenseBoxes(require_clip(teacher), pictures, recipe.side)}
+    return {Level.IMAGE: whole, Level.INSTANCE: DenseBoxes(teacher, pictures, recipe.side)}

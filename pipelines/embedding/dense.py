@@ -1,12 +1,10 @@
 """The instance level from one CLIP pass a picture: `hdovd extract-clip --instance-teacher dense`. See
 `teachers.dense`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import ImageBoxes
@@ -19,13 +17,6 @@ from hdovd.pipelines.teachers.openclip import ClipTeacher
 DEFAULT_SIDES = 3  # of the crop input: 672 pixels where that has 224
 
 
-def require_clip(teacher: Teacher) -> ClipTeacher:
-    """Raises HdovdError for any other model."""
-    if not isinstance(teacher, ClipTeacher):
-        raise HdovdError(f"--instance-teacher dense needs a CLIP of open_clip's, not a {type(teacher).__name__}")
-    return teacher
-
-
 class DenseBoxes(Embedder):
     """A row a box: its part of the feature map of the picture, squashed to `side` x `side` pixels.
 
@@ -34,24 +25,17 @@ class DenseBoxes(Embedder):
 
     teacher: ClipTeacher
 
-    def __init__(self, teacher: ClipTeacher, pictures: Pictures, side: int | None = None) -> None:
-        """`side`: None for about DEFAULT_SIDES times that of the crop input. Raises HdovdError if the CLIP has no dense
-        features.
+    def __init__(self, teacher: Teacher, pictures: Pictures, side: int | None = None) -> None:
+        """`side`: None for about DEFAULT_SIDES times that of the crop input. Raises HdovdError for a model that is no
+        CLIP of open_clip's, or has no dense features.
         """
+        if not isinstance(teacher, ClipTeacher):
+            raise HdovdError(f"--instance-teacher dense needs a CLIP of open_clip's, not a {type(teacher).__name__}")
         super().__init__(teacher, pictures)
         self._side = side or near_side(teacher.model.visual, DEFAULT_SIDES * max(teacher.input_size))
-        self._clip, self._transform = (
-            DenseClip(teacher.model.visual, self._side),
-            teacher.transform.squashed(self._side),
-        )
-
-    @property
-    def fit(self) -> Callable[[Tensor], Tensor]:
-        return self._transform.fit
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        return self._transform.size
+        self._clip = DenseClip(teacher.model.visual, self._side)
+        self._transform = teacher.transform.squashed(self._side)
+        self.fit, self.input_size = self._transform.fit, self._transform.size
 
     def inputs(self) -> dict[str, Any]:
         return {"preprocessing": self._transform.inputs(), "dense": self._clip.identity}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from hdovd.cache.schema import Level
 from hdovd.data.coco import Exif, ImageBoxes
@@ -43,14 +42,7 @@ class Embedder:
 
     def __init__(self, teacher: Teacher, pictures: Pictures) -> None:
         self.teacher, self.pictures = teacher, pictures
-
-    @property
-    def fit(self) -> Callable[[Tensor], Tensor]:
-        return self.teacher.fit
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        return self.teacher.input_size
+        self.fit, self.input_size = teacher.fit, teacher.input_size
 
     def inputs(self) -> dict[str, Any]:
         """What of it determines embeddings, as JSON values: a part of the level's identity."""

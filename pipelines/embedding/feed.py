@@ -36,11 +36,15 @@ B = TypeVar("B")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A batch to make: inputs from some pictures, `size` with what fills it up."""
+    """A batch to make: inputs from some pictures, `size` with what fills it up. `rows`: of the level, counted from its
+    first. `last`: of its part.
+    """
 
     level: Level
     jobs: Sequence[CropJob]
     size: int
+    rows: np.ndarray
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +56,6 @@ class Embedded:
     rows: np.ndarray
     problems: dict[int, str]
     files: dict[int, PictureFile]
-
-
-@dataclass(frozen=True, slots=True)
-class RowBatch:
-    """Rows of a level, counted from its first, and the batch that they are embedded in."""
-
-    rows: np.ndarray
-    wanted: Wanted
-    last: bool
 
 
 @dataclass(slots=True)
@@ -77,24 +72,18 @@ class PartRows:
     failed: dict[int, str] = field(default_factory=dict)
     files: dict[int, PictureFile] = field(default_factory=dict)
 
-    def batches(self, size: int) -> Iterator[RowBatch]:
+    def batches(self, size: int) -> Iterator[Wanted]:
         """In row order, all of the shape that `size` crops have, the last one filled up."""
-        groups = self.embedder.groups(self.start + np.flatnonzero(self.missing), size)
+        embedder = self.embedder
+        groups = embedder.groups(self.start + np.flatnonzero(self.missing), size)
         for number, some in enumerate(groups, 1):
-            yield RowBatch(
-                some,
-                Wanted(self.embedder.level, self.embedder.jobs(some), self.embedder.places(size)),
-                number == len(groups),
-            )
+            yield Wanted(embedder.level, embedder.jobs(some), embedder.places(size), some, number == len(groups))
 
-    def take(self, batch: RowBatch, answer: Embedded) -> None:
+    def take(self, batch: Wanted, answer: Embedded) -> None:
         """Enter the embeddings of a batch."""
-        embeddings, start = answer.rows[: len(batch.rows)], 0
-        for job in batch.wanted.jobs:
-            if job.image_id in answer.problems:
-                embeddings[start : start + job.rows] = 0
-            start += job.rows
-        self.embedding[batch.rows - self.start] = embeddings
+        unread = [job.image_id in answer.problems for job in batch.jobs]
+        blank = np.repeat(unread, [job.rows for job in batch.jobs])
+        self.embedding[batch.rows - self.start] = np.where(blank[:, None], 0, answer.rows[: len(batch.rows)])
         self.failed |= answer.problems
         self.files |= answer.files
 
@@ -166,18 +155,16 @@ def own_threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def in_order(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
-    """`function` of every item, in order, at most `ahead` of them begun before their answer is taken."""
+    """`function` of every item, in order, at most `ahead` of them begun before their answer is taken. After an error it
+    is the pool's to drop what waits, as `own_threads` does.
+    """
     begun: deque[Future[B]] = deque()
-    try:
-        for item in items:
-            begun.append(pool.submit(function, item))
-            if len(begun) >= ahead:
-                yield begun.popleft().result()
-        while begun:
+    for item in items:
+        begun.append(pool.submit(function, item))
+        if len(begun) >= ahead:
             yield begun.popleft().result()
-    finally:
-        for future in begun:
-            future.cancel()
+    while begun:
+        yield begun.popleft().result()
 
 
 class _Batches(Dataset[tuple[Level, Batch]]):

@@ -45,7 +45,7 @@ from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import shown, workers_for
 from hdovd.pipelines.embedding.crops import Cutter
 from hdovd.pipelines.embedding.embedders import Crops, Embedder
-from hdovd.pipelines.embedding.feed import PartRows, RowBatch, Wanted, embed, own_threads
+from hdovd.pipelines.embedding.feed import PartRows, Wanted, embed, own_threads
 from hdovd.pipelines.extraction.config import TEMPERATURE, ExtractConfig, LabelRule, Share
 from hdovd.pipelines.extraction.identities import BoxTable, PictureHashes, files_of, match_rows
 from hdovd.pipelines.extraction.pseudo_labels import barred_in, label_rows
@@ -340,7 +340,7 @@ class Extraction:
         """
         busy: list[Unit] = []
         writes: deque[Future[None]] = deque()
-        asked: deque[tuple[_Part, RowBatch]] = deque()  # what is being embedded
+        asked: deque[tuple[_Part, Wanted]] = deque()  # what is being embedded
         with ExitStack() as claims, ThreadPoolExecutor(1) as writer:
 
             def finish(part: _Part) -> None:
@@ -355,7 +355,7 @@ class Extraction:
                         continue
                     for batch in part.rows.batches(self._batch_size_of(part.unit.level)):
                         asked.append((part, batch))
-                        yield batch.wanted
+                        yield batch
 
             for answer in embed(wanted(), self.embedders, self.teacher.device, self.workers):
                 part, batch = asked.popleft()

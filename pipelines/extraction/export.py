@@ -20,6 +20,7 @@ apply:
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from PIL.Image import Image
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.product import Product
-from hdovd.cache.reader import FeatureCache
+from hdovd.cache.reader import FeatureCache, InstanceRows
 from hdovd.cache.schema import TABLE_ARRAYS, TABLES, TOP_ARRAYS, Level, Source, row_arrays
 from hdovd.cache.tar_shards import (
     MEMBERS,
@@ -204,11 +205,9 @@ def import_tars(url: Path | str, cache: Path | str) -> FeatureSet:
 
 
 def _samples(shards: TarShards, what: str, *, verify: bool) -> Iterator[TarSample]:
-    with progress(None, what, "image", total=shards.images) as bar:
-        for number in shards.numbers:
-            for place, raw in shards.raw(number, verify=verify):
-                yield shards.decode(place, raw)
-                bar.update()
+    packed = chain.from_iterable(shards.raw(number, verify=verify) for number in shards.numbers)
+    for place, raw in progress(packed, what, "image", shards.images):
+        yield shards.decode(place, raw)
 
 
 def _box_tables(shards: TarShards) -> dict[str, np.ndarray]:
@@ -332,12 +331,10 @@ def _tables(config: ExportConfig) -> Iterator[Any]:
     """pyarrow tables of all rows, GROUP_ROWS at a time, after one without rows."""
     cache = FeatureCache(config.cache, config.features)
     images, (files, classes) = cache.row_images(), _annotated(cache, config)
-    yield _table(cache, images[:0], 0, files, classes)
     with progress(None, str(config.to), "box", total=len(images)) as bar:
-        for start in range(0, len(images), GROUP_ROWS):
-            some = images[start : start + GROUP_ROWS]
-            yield _table(cache, some, start, files, classes)
-            bar.update(len(some))
+        for start, rows in chain([(0, cache.rows_between(0, 0))], cache.blocks(GROUP_ROWS)):
+            yield _table(cache, rows, images[start : start + len(rows.box)], files, classes)
+            bar.update(len(rows.box))
 
 
 def _annotated(cache: FeatureCache, config: ExportConfig) -> tuple[dict[int, str], dict[int, str]]:
@@ -359,11 +356,12 @@ def _annotated(cache: FeatureCache, config: ExportConfig) -> tuple[dict[int, str
     return {image.id: image.file_name for image in split.images}, classes
 
 
-def _table(cache: FeatureCache, images: np.ndarray, start: int, files: dict[int, str], classes: dict[int, str]) -> Any:
-    """A pyarrow table of the rows from `start` on, which are of `images` (n,)."""
+def _table(
+    cache: FeatureCache, rows: InstanceRows, images: np.ndarray, files: dict[int, str], classes: dict[int, str]
+) -> Any:
+    """A pyarrow table of rows, which are of `images` (n,)."""
     import pyarrow as pa
 
-    rows = cache.rows_between(start, start + len(images))
     base, unread = rows.source == Source.BASE_BOX, ~rows.embedding.any(axis=1)
     nouns = cache.names(Level.NOUN) if Level.NOUN in cache.levels() else []
     names = [

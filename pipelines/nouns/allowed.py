@@ -30,34 +30,28 @@ from hdovd.pipelines.common.name_list import read_vocabulary
 from hdovd.pipelines.nouns.matching import MatchFinder, StopList, noun_words, singular_of
 
 
-class Captions:
-    """Iterates over `(image id, caption)`; `images` then holds the ids that the file lists, those without captions too.
+def read_captions(path: Path, images: set[int]) -> Iterator[tuple[int, str]]:
+    """`(image id, caption)` of each caption. `images`: takes the ids that the file lists, those without captions too.
 
-    Iterating raises HdovdError if there is no such file, or an entry is no caption.
+    Raises HdovdError if there is no such file, or an entry is no caption.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.images = path, set[int]()
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        self.images.clear()
-        stream, number = JsonStream(self.path, "captions"), 0
-        for key, item in stream:
-            if key == "images" and key in stream.lists and isinstance(item, dict) and "id" in item:
-                self.images.add(whole(item["id"], f"{self.path}: an image's id"))
-            if key != "annotations" or key not in stream.lists:
-                continue
-            where = f"{self.path}: entry {number} of annotations"
-            if not isinstance(item, dict) or not {"image_id", "caption"} <= item.keys():
-                raise HdovdError(f"{where} is no {{image_id, caption}}")
-            if not isinstance(item["caption"], str):
-                raise HdovdError(f"{where}: caption is {shown(item['caption'])}, expected text")
-            image_id = whole(item["image_id"], f"{where}: image_id")
-            number += 1
-            self.images.add(image_id)
-            yield image_id, item["caption"].encode(errors="replace").decode()  # halves of surrogate pairs are no text
-        if "annotations" not in stream.lists:
-            raise HdovdError(f"{self.path} is no COCO captions file: it needs annotations of {{image_id, caption}}")
+    stream, number = JsonStream(path, "captions"), 0
+    for key, item in stream:
+        if key == "images" and key in stream.lists and isinstance(item, dict) and "id" in item:
+            images.add(whole(item["id"], f"{path}: an image's id"))
+        if key != "annotations" or key not in stream.lists:
+            continue
+        where = f"{path}: entry {number} of annotations"
+        if not isinstance(item, dict) or not {"image_id", "caption"} <= item.keys():
+            raise HdovdError(f"{where} is no {{image_id, caption}}")
+        if not isinstance(item["caption"], str):
+            raise HdovdError(f"{where}: caption is {shown(item['caption'])}, expected text")
+        image_id = whole(item["image_id"], f"{where}: image_id")
+        number += 1
+        images.add(image_id)
+        yield image_id, item["caption"].encode(errors="replace").decode()  # halves of surrogate pairs are no text
+    if "annotations" not in stream.lists:
+        raise HdovdError(f"{path} is no COCO captions file: it needs annotations of {{image_id, caption}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +74,7 @@ def read_nouns(vocabulary: Path, captions: Path | None) -> Nouns:
         return Nouns(names, None)
     row_of = {name: row for row, name in enumerate(names)}
     found: dict[int, set[int]] = {}
-    for one in MatchFinder(names, StopList())(Captions(captions)):
+    for one in MatchFinder(names, StopList())(read_captions(captions, set())):
         found.setdefault(one.image_id, set()).update(row_of[name] for name in one.nouns)
     if not any(found.values()):
         raise HdovdError(

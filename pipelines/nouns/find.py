@@ -22,7 +22,7 @@ from hdovd.core.version import __version__
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.name_list import GENERAL, read_vocabulary, shipped
-from hdovd.pipelines.nouns.allowed import Captions, Nouns, named_novel, write_noun_file
+from hdovd.pipelines.nouns.allowed import Nouns, named_novel, read_captions, write_noun_file
 from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsConfig, Parser
 from hdovd.pipelines.nouns.matching import (
     Found,
@@ -72,9 +72,9 @@ def find_nouns(job: NounsConfig) -> NounsReport:
             f"note: the vocabulary holds {shorten(list(kept))}, which the stop list that ships calls no object; a "
             f"vocabulary has its way, --stop-list takes them out"
         )
-    captions = Captions(job.captions)
-    with progress(finder(captions), "nouns", "caption") as bar:
-        report = _collect(bar, captions, finder.vocabulary)
+    images = set[int]()
+    found = finder(read_captions(job.captions, images))
+    report = _collect(progress(found, "nouns", "caption"), images, finder.vocabulary)
     if not any(report.images_of.values()):
         raise HdovdError(
             f"{job.captions}: {report.captions} captions, and none holds a noun"
@@ -128,14 +128,14 @@ def _finder(job: NounsConfig, stop: StopList) -> tuple[MatchFinder | ParsingFind
     }
 
 
-def _collect(found: Iterable[Found], captions: Captions, vocabulary: tuple[str, ...] | None) -> NounsReport:
-    """Nouns by image. Without a vocabulary, it is what was found, sorted."""
+def _collect(found: Iterable[Found], images: set[int], vocabulary: tuple[str, ...] | None) -> NounsReport:
+    """Nouns by image, of those in `images` when all is found. Without a vocabulary, it is what was found, sorted."""
     names, lacking, count = dict[int, set[str]](), Counter[str](), 0
     for one in found:
         count += 1
         names.setdefault(one.image_id, set()).update(one.nouns)
         lacking.update(set(one.unmatched))
-    names = {image_id: names.get(image_id, set()) for image_id in sorted(captions.images)}
+    names = {image_id: names.get(image_id, set()) for image_id in sorted(images)}
     known = tuple(sorted(set().union(*names.values()))) if vocabulary is None else vocabulary
     row_of = {name: row for row, name in enumerate(known)}
     by_image = {image_id: tuple(sorted(row_of[name] for name in own)) for image_id, own in names.items()}

@@ -78,7 +78,7 @@ class Run:
     def metric(self) -> str:
         """ "ap50", or "ap"."""
         metric = self.protocol.get("metric")
-        return metric if metric in METRICS else next(iter(METRICS))
+        return metric if metric in [*METRICS] else next(iter(METRICS))  # a damaged one may be a list
 
     @property
     def seed(self) -> int | None:

@@ -13,7 +13,7 @@ box, D embedding size.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.helpers import to_2tuple
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
@@ -72,11 +73,9 @@ class DenseClip:
         tower = self._tower
         features = tower.map(pixels.to(self._device))
         filled = F.pad(rois, (0, 0, 0, -len(rois) % BOXES_AT_A_TIME if len(rois) else BOXES_AT_A_TIME))
-        exact = features.float()  # RoIAlign knows no bfloat16 on a CPU
+        exact, scale = features.float(), features.shape[-1] / self._side  # RoIAlign knows no bfloat16 on a CPU
         rows = [
-            tower.pool(
-                roi_align(exact, some, tower.bins, 1 / tower.cell, tower.samples, aligned=True).to(features.dtype)
-            )
+            tower.pool(roi_align(exact, some, tower.bins, scale, tower.samples, aligned=True).to(features.dtype))
             for some in filled.split(BOXES_AT_A_TIME)
         ]
         return F.normalize(torch.cat(rows)[: len(rois)].float(), dim=1)
@@ -84,14 +83,30 @@ class DenseClip:
 
 def near_side(visual: nn.Module, side: int) -> int:
     """The side next to `side` of which the tower's map has whole cells. Raises HdovdError as `DenseClip` does."""
-    cell = 1
-    if isinstance(visual, ModifiedResNet):
-        cell = _ResNet.cell
-    elif isinstance(visual, VisionTransformer):
-        cell = _square(visual.patch_size)
-    elif isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed"):
-        cell = _square(visual.trunk.patch_embed.patch_size)
+    cell = _cell(visual)
     return max(cell, round(side / cell) * cell)
+
+
+def _cell(visual: nn.Module) -> int:
+    """Input pixels a side of a cell of the tower's map; 1 where there is none. Raises HdovdError if it is no square."""
+    if isinstance(visual, ModifiedResNet):
+        return 16  # of layer 3
+    patched: Any = getattr(visual.trunk, "patch_embed", None) if isinstance(visual, TimmModel) else visual
+    height, width = to_2tuple(getattr(patched, "patch_size", 1))
+    if height != width:
+        raise HdovdError(f"no dense features of a CLIP whose patches are {height}x{width} pixels: they must be square")
+    return int(height)
+
+
+def _cells(visual: nn.Module, side: int) -> int:
+    """Cells a side of the map of S x S pixels. Raises HdovdError if they are not whole."""
+    cell = _cell(visual)
+    if side < cell or side % cell:
+        raise HdovdError(
+            f"side {side}: the feature map of this CLIP has cells of {cell} pixels, so the side is a multiple of that, "
+            f"such as {near_side(visual, side)}"
+        )
+    return side // cell
 
 
 def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:
@@ -100,8 +115,8 @@ def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:
 
 
 def _tower(visual: nn.Module, side: int) -> "_ResNet | _OpenClipVit | _TimmVit":
-    """The two halves of a visual tower: `map` (b, 3, S, S) -> (b, C, h, w), `pool` (n, C, k, k) -> (n, D). `cell`:
-    input pixels a side of a cell of the map. `samples`: a side of a bin; -1: one a cell.
+    """The two halves of a visual tower: `map` (b, 3, S, S) -> (b, C, h, w), `pool` (n, C, k, k) -> (n, D).
+    `samples`: a side of a bin; -1: one a cell.
     """
     if isinstance(visual, ModifiedResNet):
         return _ResNet(visual, side)
@@ -130,23 +145,20 @@ class _ResNet:
     are averages.
     """
 
-    cell = 16
     samples = 1
 
     def __init__(self, visual: ModifiedResNet, side: int) -> None:
-        _check_side(side, self.cell)
+        _cells(visual, side)  # which must be whole
         self._visual = visual
         self.bins = 2 * math.isqrt(len(visual.attnpool.positional_embedding) - 1)  # layer 4 halves it
         self.identity: dict[str, Any] = {"features": "layer 3, then layer 4 and attention pool a box"}
 
     def map(self, pixels: Tensor) -> Tensor:
         v = self._visual
-        features: Tensor = v.layer3(v.layer2(v.layer1(v.stem(pixels))))
-        return features
+        return cast(Tensor, v.layer3(v.layer2(v.layer1(v.stem(pixels)))))
 
     def pool(self, bins: Tensor) -> Tensor:
-        pooled: Tensor = self._visual.attnpool(self._visual.layer4(bins))
-        return pooled
+        return cast(Tensor, self._visual.attnpool(self._visual.layer4(bins)))
 
 
 class _OpenClipVit:
@@ -162,10 +174,9 @@ class _OpenClipVit:
     samples = -1
 
     def __init__(self, visual: VisionTransformer, side: int) -> None:
-        self.cell = _square(visual.patch_size)
-        _check_side(side, self.cell)
+        cells = _cells(visual, side)
         self._visual = _sharing_weights(visual)
-        self._visual.positional_embedding = _resized(visual.positional_embedding, visual.grid_size, side // self.cell)
+        self._visual.positional_embedding = _resized(visual.positional_embedding, visual.grid_size, cells)
         by_class_token = visual.pool_type == "tok"
         if by_class_token:
             block = self._visual.transformer.resblocks[-1]
@@ -177,13 +188,11 @@ class _OpenClipVit:
         maps = self._visual.forward_intermediates(
             pixels, indices=1, intermediates_only=True, normalize_intermediates=not self._norm_last
         )
-        last: Tensor = maps["image_intermediates"][0]
-        return last
+        return cast(Tensor, maps["image_intermediates"][0])
 
     def pool(self, bins: Tensor) -> Tensor:
         mean = bins.flatten(1)
-        rows: Tensor = (self._visual.ln_post(mean) if self._norm_last else mean) @ self._visual.proj
-        return rows
+        return cast(Tensor, (self._visual.ln_post(mean) if self._norm_last else mean) @ self._visual.proj)
 
 
 class _TimmVit:
@@ -193,14 +202,13 @@ class _TimmVit:
 
     def __init__(self, visual: TimmModel, side: int) -> None:
         trunk = visual.trunk
-        self.cell = _square(trunk.patch_embed.patch_size)
-        _check_side(side, self.cell)
+        cells = _cells(visual, side)
         self._visual = _sharing_weights(visual)
         own = self._visual.trunk
         own.set_input_size(img_size=(side, side))  # rotary position embeddings too
         if trunk.pos_embed is not None:
             prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-            own.pos_embed = _resized(trunk.pos_embed, trunk.patch_embed.grid_size, side // self.cell, prefix)
+            own.pos_embed = _resized(trunk.pos_embed, trunk.patch_embed.grid_size, cells, prefix)
         by_class_token = trunk.attn_pool is None and trunk.global_pool == "token"
         if by_class_token:
             own.blocks[-1].attn = _OwnValue(own.blocks[-1].attn)
@@ -212,16 +220,13 @@ class _TimmVit:
         )
 
     def map(self, pixels: Tensor) -> Tensor:
-        last: Tensor = self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[
-            0
-        ]
-        return last
+        maps = self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)
+        return cast(Tensor, maps[0])
 
     def pool(self, bins: Tensor) -> Tensor:
         trunk, tokens = self._visual.trunk, bins.flatten(2).transpose(1, 2)
         pooled = tokens.mean(dim=1) if trunk.attn_pool is None else trunk.attn_pool(tokens)
-        rows: Tensor = self._visual.head(trunk.head(trunk.fc_norm(pooled)))
-        return rows
+        return cast(Tensor, self._visual.head(trunk.head(trunk.fc_norm(pooled))))
 
 
 class _OwnValue(nn.Module):
@@ -283,23 +288,6 @@ def _is_plain(visual: TimmModel) -> bool:
         and type(trunk.patch_embed) is PatchEmbed
         and hasattr(trunk.blocks[-1], "attn")
     )
-
-
-def _square(size: tuple[int, int]) -> int:
-    if size[0] != size[1]:
-        raise HdovdError(
-            f"no dense features of a CLIP whose patches are {size[0]}x{size[1]} pixels: they must be square"
-        )
-    return size[0]
-
-
-def _check_side(side: int, cell: int) -> None:
-    if side < cell or side % cell:
-        near = max(cell, round(side / cell) * cell)
-        raise HdovdError(
-            f"side {side}: the feature map of this CLIP has cells of {cell} pixels, so the side is a multiple of that, "
-            f"such as {near}"
-        )
 
 
 def _rois(boxes: Sequence[Tensor], side: int) -> Tensor:

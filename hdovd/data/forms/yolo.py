@@ -13,11 +13,10 @@ import yaml
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.picture_header import ENDINGS, upright_size
-from hdovd.core.text_files import checked_name, cut, read_text, shown
+from hdovd.core.text_files import LONGEST_PATH, checked_name, cut, read_text, shown
 from hdovd.data.forms.base import SPLITS, Form
 from hdovd.data.forms.conversion import Box, Picture, converted
 
-_LONGEST_PATH = 4096
 _ROUNDING = 1e-3  # of a picture's side: what sticks out by more is an error, by less it is cut off
 _EXPECTED = "expected 'class cx cy w h' or 'class x y x y x y ...', a box within 0 to 1"
 
@@ -59,10 +58,10 @@ def _names(names: Any, file: Path) -> list[str]:
 def _pictures(tree: dict[str, Any], key: str, file: Path) -> list[str]:
     """The pictures of a split, in order, relative to the folder of data.yaml."""
     root, found, value = file.parent, set[str](), tree[key]
-    base = root / checked_name(tree.get("path") or ".", f"{file}: path", _LONGEST_PATH)
+    base = root / checked_name(tree.get("path") or ".", f"{file}: path", LONGEST_PATH)
     base = base if base.is_dir() else root  # the path is often one of its author's machine
     for entry in value if isinstance(value, list) else [value]:
-        place, where = base / checked_name(entry, f"{file}: {key}", _LONGEST_PATH), f"{file}: {key}: {shown(entry)}"
+        place, where = base / checked_name(entry, f"{file}: {key}", LONGEST_PATH), f"{file}: {key}: {shown(entry)}"
         if not place.exists():  # Roboflow's files say ../train/images of what lies in train/images
             place = base / entry.removeprefix("../")
         if place.is_dir():

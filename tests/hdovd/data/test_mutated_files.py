@@ -14,7 +14,7 @@ from hdovd.data.coco import load_split
 from hdovd.data.protocol import Protocol, parse_protocol
 from hdovd.evaluation.coco import GroundTruth
 from hdovd.pipelines.audit.inputs import read_truth
-from hdovd.pipelines.nouns.allowed import Captions, read_noun_file
+from hdovd.pipelines.nouns.allowed import read_captions, read_noun_file
 from hdovd.pipelines.proposal_files.file import read_table
 
 FACTOR = int(os.environ.get("HDOVD_FUZZ", "1"))  # times as many files
@@ -111,7 +111,7 @@ def test_proposals_captions_nouns_and_protocols(tmp_path: Path) -> None:
         changes = 1 + seed % 2
         for tree, read in (
             (PROPOSALS, read_table),
-            (CAPTIONS, lambda file: [*Captions(file)]),
+            (CAPTIONS, lambda file: [*read_captions(file, set())]),
             (NOUNS, read_noun_file),
         ):
             changed = mutated(tree, seed, changes)

@@ -57,10 +57,10 @@ def test_an_export_that_fails_leaves_what_was_there(
     monkeypatch.setattr(export, "GROUP_ROWS", 32)
     read = FeatureCache.rows_between
 
-    def fail(self: FeatureCache, start: int, stop: int) -> object:
+    def fail(self: FeatureCache, start: int, stop: int, **more: bool) -> object:
         if start >= 64:
             raise OSError(28, "No space left on device")
-        return read(self, start, stop)
+        return read(self, start, stop, **more)
 
     monkeypatch.setattr(FeatureCache, "rows_between", fail)
     with pytest.raises(HdovdError, match=r"lance cannot be written: .*No space left"):

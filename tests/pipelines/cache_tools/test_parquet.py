@@ -114,7 +114,9 @@ def test_row_groups_are_written_one_by_one(cache: Path, tmp_path: Path, monkeypa
     whole = _export(cache, tmp_path / "whole")
     monkeypatch.setattr(export, "GROUP_ROWS", 32)
     asked, read = [], FeatureCache.rows_between
-    monkeypatch.setattr(FeatureCache, "rows_between", lambda self, a, b: asked.append(b - a) or read(self, a, b))
+    monkeypatch.setattr(
+        FeatureCache, "rows_between", lambda self, a, b, **more: asked.append(b - a) or read(self, a, b, **more)
+    )
     assert _export(cache, tmp_path).equals(whole)
     groups = pq.ParquetFile(tmp_path / "boxes.parquet").metadata
     sizes = [groups.row_group(k).num_rows for k in range(groups.num_row_groups)]
@@ -173,10 +175,10 @@ def test_a_killed_export_leaves_what_was_there(cache: Path, tmp_path: Path, monk
     monkeypatch.setattr(export, "GROUP_ROWS", 32)
     read = FeatureCache.rows_between
 
-    def deadly(self: FeatureCache, start: int, stop: int) -> Any:
+    def deadly(self: FeatureCache, start: int, stop: int, **more: bool) -> Any:
         if start >= 64:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, start, stop)
+        return read(self, start, stop, **more)
 
     file = tmp_path / "boxes.parquet"
     with monkeypatch.context() as patch:

@@ -15,7 +15,7 @@ from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.embedding.embedders import Crops, Pictures, mean_of
-from hdovd.pipelines.embedding.feed import Wanted, embed
+from hdovd.pipelines.embedding.feed import PartRows, embed
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 WIDTH, HEIGHT, BATCH = 320, 240, 48
@@ -65,7 +65,7 @@ def _ours(
 ) -> np.ndarray:
     image = ImageBoxes(1, picture.name, WIDTH, HEIGHT, boxes, np.zeros(len(boxes), np.int64), np.arange(len(boxes)))
     way = Crops(clip, Pictures([image], lambda _: picture, np.array([0, len(boxes)]), boxes), recipe)
-    wanted = [Wanted(way.level, way.jobs(some), way.places(batch)) for some in way.groups(np.arange(len(boxes)), batch)]
+    wanted = [*PartRows(way, 0, np.zeros(0), np.ones(len(boxes), bool)).batches(batch)]
     answers = embed(wanted, {way.level: way}, clip.device, workers)
     return np.concatenate([answer.rows[: w.jobs[0].rows] for w, answer in zip(wanted, answers, strict=True)])
 

@@ -132,7 +132,7 @@ def _embed(tmp_path: Path, fit: Callable[[Tensor], Tensor], workers: int) -> lis
         Image.new("RGB", (3, 3), (number, 0, 0)).save(tmp_path / f"{number}.png")
         jobs.append(CropJob(number, tmp_path / f"{number}.png", 3, 3))
     way: Any = _Way(fit)
-    wanted = [Wanted(Level.IMAGE, [job], 1) for job in jobs]
+    wanted = [Wanted(Level.IMAGE, [job], 1, np.zeros(1, np.int64), True) for job in jobs]
     return [int(answer.rows[0]) for answer in embed(wanted, {Level.IMAGE: way}, torch.device("cpu"), workers)]
 
 

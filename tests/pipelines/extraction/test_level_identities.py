@@ -42,6 +42,7 @@ class _Teacher:
     preprocessing: dict[str, Any] = field(
         default_factory=lambda: {"size": [32, 32], "mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
     )
+    fit, input_size = None, (32, 32)
     lower_case: bool = False
 
     def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:

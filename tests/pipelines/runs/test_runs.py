@@ -188,7 +188,8 @@ def test_finds_runs_at_any_depth_once(write_run: WriteRun, tmp_path: Path) -> No
 def test_an_old_or_strange_run_is_listed(write_run: WriteRun) -> None:
     path = write_run("old", novel=None)
     (path / "run.json").write_text(
-        '{"cache": [], "versions": 3, "time": "2026-01-02T03:04:05+00:00", "git": {"commit": "abc"}}'
+        '{"cache": [], "versions": 3, "time": "2026-01-02T03:04:05+00:00", "git": {"commit": "abc"}, '
+        '"protocol": {"metric": ["ap"]}}'
     )
     (path / "config.toml").write_text(
         "[train]\nepochs = 2\n[loss.image]\nenabled = true\n[loss.extra.mine]\nuse = 'a:B'\n"

@@ -152,7 +152,7 @@ def test_last_block_lets_no_patch_see_another(name: str) -> None:
     build, side = CLASS_TOKEN[name]
     tower = _seeded(build, layers=1)
     dense = DenseClip(tower, side)
-    cell = dense._tower.cell
+    cell = near_side(tower, 1)
     pixels, other = _pixels(1, side), _pixels(1, side, seed=2)
     other[:, :, cell : 2 * cell, :cell] = pixels[:, :, cell : 2 * cell, :cell]
     patch = [torch.tensor([[0.0, cell, cell, 2 * cell]])]
