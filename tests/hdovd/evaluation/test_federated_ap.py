@@ -198,7 +198,7 @@ def test_groups_of_a_protocol_are_checked(groups: Any, words: str) -> None:
         parse_protocol({"name": "mine", "base": ["cat"], "novel": ["dog"], "groups": groups})
     with pytest.raises(HdovdError, match="metric is the text 'AP', expected ap50 or ap"):
         parse_protocol({"name": "mine", "base": ["cat"], "novel": ["dog"], "metric": "AP"})
-    with pytest.raises(HdovdError, match="metric is .*, expected ap50 or ap"):
+    with pytest.raises(HdovdError, match=r"metric is .*, expected ap50 or ap"):
         parse_protocol({"name": "mine", "base": ["cat"], "novel": ["dog"], "metric": ["ap"]})
 
 
