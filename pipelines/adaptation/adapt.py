@@ -283,7 +283,9 @@ def _mix(
     lost = MOST_LOST * (BY_HEART if not others or data.replay in others else 1)
     validation = _judging(data, judging, device, every=not others and bool(data.taught))
     table, best = list[dict[str, Any]](), (-1.0, 0.0)
-    for one in FACTORS if factor is None else (factor,):
+    # Pictures that were trained on find the new weights alone the best, always.
+    factors = FACTORS[:-1] if data.few else FACTORS
+    for one in factors if factor is None else (factor,):
         model.load_state_dict(after | {name: torch.lerp(before[name], after[name], one) for name in names})
         found = validation.run(model, texts).combined.summary()["ap50"]
         table.append({"factor": one, "new": found["new"], "old base": found["old base"]})

@@ -518,7 +518,7 @@ def test_an_adapted_run_knows_both(adapted: tuple[RunFolder, str], distilled: Ru
     assert record["adapted"]["protocol"]["base"] == list(MINE)
     assert record["init"]["run"] == str(distilled.path.resolve())
     assert str(run.path.resolve()) in {user.path for user in Catalog(training_cache).runs()}
-    assert [row["factor"] for row in record["mix"]["table"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [row["factor"] for row in record["mix"]["table"]] == [0.0, 0.25, 0.5, 0.75]  # few pictures
     table = record["mix"]["table"]
     kept = [row for row in table if row["old base"] >= table[0]["old base"] - stage.MOST_LOST]  # on validation images
     assert record["mix"]["factor"] == max(kept, key=lambda row: (row["new"], row["factor"]))["factor"]
@@ -561,7 +561,8 @@ def test_weights_are_interpolated_and_memories_are_not(
             torch.testing.assert_close(value, (1 - factor) * before[name] + factor * after[name])
     assert any("running_mean" in name for name in found)
     assert run.record()["mix"]["factor"] == factor
-    assert run.record()["mix"]["table"] == adapted[0].record()["mix"]["table"]  # what was measured before stays
+    known, tried = adapted[0].record()["mix"]["table"], run.record()["mix"]["table"]
+    assert [row for row in tried if row["factor"] != 1.0] == known  # what was measured before stays
 
 
 def test_it_goes_on_to_the_sample(
@@ -611,7 +612,7 @@ def test_two_processes_adapt_as_one(config: AdaptConfig, tmp_path: Path, monkeyp
     other = weights(alone, "trained.safetensors")
     for name, value in weights(run, "trained.safetensors").items():
         torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-3)
-    assert [row["factor"] for row in run.record()["mix"]["table"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [row["factor"] for row in run.record()["mix"]["table"]] == [0.0, 0.25, 0.5, 0.75]
     assert (run.path / "retention.json").is_file()
 
 
