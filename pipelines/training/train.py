@@ -123,15 +123,10 @@ def train_on(
     data = training_data(job, protocol) if given is None else given
     written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base)
     job = replace(job, recipe=written)
-    state = load_checkpoint(job.out, STATE) if job.resume else None
     begun: dict[str, Any] = {"precision": recipe.train.precision, **({"oracle": True} if job.oracle else {})} | (
         about or {}
     )
-    if state is not None:
-        run.check_same(job.recipe, protocol, data.record() | begun)
-        require_same_init(job.init, run)
-        with fits(job.out):
-            _ = int(state["log_bytes"]), *(state["layout"][name] for name in ("streams", "unit", "images"))
+    state = _state(job, protocol, data.record() | begun)
     class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
     validation = _validation(job, protocol, class_embeddings, us)
@@ -174,6 +169,30 @@ def train_on(
         + (f", {us.world} processes" if us.world > 1 else "")
         + (f"; goes on at step {loop.step_number} of {loop.total}" if state else "")
     )
+    _run(loop, hooks, run, job, us)
+    failed = f"; validations that failed, as said above: {hooks.failed}" if hooks.failed else ""
+    log(f"wrote {run.path}{failed}" + ("" if given is not None else f"; next: hdovd eval {quote(str(run.path))} ..."))
+    return run
+
+
+def _state(job: TrainConfig, protocol: Protocol, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint that a run goes on from; None where it begins. Raises HdovdError if it began otherwise than the
+    job, the protocol and `record` say.
+    """
+    state = load_checkpoint(job.out, STATE) if job.resume else None
+    if state is not None:
+        run = RunFolder(job.out)
+        run.check_same(job.recipe, protocol, record)
+        require_same_init(job.init, run)
+        with fits(job.out):
+            _ = int(state["log_bytes"]), *(state["layout"][name] for name in ("streams", "unit", "images"))
+    return state
+
+
+def _run(loop: Loop[Sample], hooks: RunHooks, run: RunFolder, job: TrainConfig, us: Team) -> None:
+    """Train to the end, sending to the job's trackers. Raises HdovdError for a loss that is not sound, its batch
+    kept.
+    """
     try:
         with tracking(run, job.track if us.leads else ()) as tracked, told_shortly():
             hooks.follow = tracked.follow
@@ -182,9 +201,6 @@ def train_on(
     except UnsoundLoss as error:
         where = "" if error.record is None else f"; the batch is in {unsound_record(run, us, error.record)}"
         raise HdovdError(f"{error}{where}") from error
-    failed = f"; validations that failed, as said above: {hooks.failed}" if hooks.failed else ""
-    log(f"wrote {run.path}{failed}" + ("" if given is not None else f"; next: hdovd eval {quote(str(run.path))} ..."))
-    return run
 
 
 def _give_backgrounds(model: Detector, data: TrainingSet | TarTrainingSet, recipe: Recipe) -> None:
