@@ -50,7 +50,7 @@ from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
 from hdovd.pipelines.runs.folder import RunFolder, weights_hash
 
 NAMES = 20  # of a box, at most
-LEAST = 1e-6  # score, of a box that is added to 1
+LEAST = 1e-6  # score of a box: what is added to 1 is not lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,9 @@ class Round:
         """Of boxes (n, 4) and scores (n, 1 + N) of `Finder.propose` those to keep, best first, their scores, with 1
         added where a box is that of an offered noun, and names with a score for all others of each.
         """
-        base, ranks = torch.from_numpy(image.boxes), scores[:, 0].clone()
+        base, ranks = torch.from_numpy(image.boxes), scores[:, 0].clamp(LEAST, 1)  # a sum may be a little more
         called = self.called(image, boxes, scores[:, 1:], base)
-        ranks[[*called]] = 1 + ranks[[*called]].clamp(min=LEAST)
+        ranks[[*called]] += 1
         keep = self.selection.keep(boxes, ranks, base)
         names = [
             ({self.nouns[called[row]]: 1.0}, 0.0) if row in called else _best(scores[row, 1:], self.nouns)

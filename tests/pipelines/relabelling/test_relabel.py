@@ -143,6 +143,8 @@ def test_a_noun_of_the_captions_has_its_best_box_however_low_its_score() -> None
     assert ranks.tolist() == pytest.approx([1.2, 0.9, 0.1])
     assert [max(one, key=lambda name: one[name]) for one, _ in names] == ["heart", "star", "heart"]
     assert replace(kept, offered={})(image, boxes, scores)[1].tolist() == pytest.approx([0.9, 0.2, 0.1])
+    assert kept(image, boxes[:1], scores[:1] * 0)[1] > 1
+    assert replace(kept, offered={})(image, boxes[:1], scores[:1] * 0 + 1.0000001)[1] == 1  # a sum of probabilities
     nothing = kept(image, boxes[4:], scores[4:])
     assert (len(nothing[0]), len(kept(image, boxes[:0], scores[:0])[0])) == (0, 0)
 
