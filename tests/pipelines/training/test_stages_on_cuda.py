@@ -133,7 +133,7 @@ def test_train_eval_and_detect(
         DetectConfig(run=run.path, images=(str(world / "val2017"),), out=tmp_path / "found", clip=clip, threshold=0.0)
     )
     assert result.images
-    assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"detector.py", "detect.py"}
+    assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"detector.py", "names.py", "detect.py"}
 
     cache = Path(shutil.copytree(training_cache, tmp_path / "cache"))
     relabel(RelabelConfig(run=run.path, cache=cache))
