@@ -69,7 +69,7 @@ def planned(
     # The stages of other libraries' backbones are not always known, and so not frozen.
     at_rest = (data.few or seen < SHORT * old.train.batch_size) and ":" not in backbone.name
     stages = f"detector.backbone.frozen_stages={ALL_STAGES if at_rest else backbone.frozen_stages}"
-    if load_recipe(file, [stages, *settings]).detector.backbone.frozen_stages == ALL_STAGES:
+    if load_recipe(file, [stages, *settings]).detector.backbone.frozen_stages == ALL_STAGES > backbone.frozen_stages:
         seen /= FROZEN
     least = 0.0 if data.replay is None else share or LEAST_SHARE
     epochs = min(MOST_EPOCHS, max(1, round(seen * (1 - least) / pictures)))

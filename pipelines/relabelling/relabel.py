@@ -135,7 +135,7 @@ def relabel(config: RelabelConfig) -> tuple[ExtractReport, str]:
     moved |= {"pretrained": config.pretrained} if config.clip else {}
     given = "another run: of a set that extract-clip made"
     made = extraction_of(features, config.cache, name, given, device=config.device, **moved)
-    made = replace(made, data=laid_over(config.data or DataPaths(), made.data))
+    made = replace(made, features=name, data=laid_over(config.data or DataPaths(), made.data))
     if load_protocol(made.protocol).base != run.protocol().base:
         raise HdovdError(f"protocol {made.protocol} has other base classes than {config.run}: give that of the run")
     require_files(**{key: getattr(made, key) for key in ("captions", "nouns", "synonyms", "class_embeddings")})
@@ -143,9 +143,7 @@ def relabel(config: RelabelConfig) -> tuple[ExtractReport, str]:
     extraction = replace(made, features=config.features or named, proposals=config.proposals, verdicts=config.verdicts)
     _require_free(extraction, name)
     with team(config.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
-        nouns = offered_nouns(made.nouns, made.vocabulary, made.captions)
-        offered = {} if nouns is None or nouns.by_image is None else nouns.by_image
-        _propose(config, run, name, number, offered, us, stop)
+        _propose(config, run, made, number, us, stop)
         us.wait()
     return extract_clip(extraction), extraction.features
 
@@ -161,17 +159,10 @@ def _require_free(extraction: ExtractConfig, before: str) -> None:
 
 
 def _propose(
-    config: RelabelConfig,
-    run: RunFolder,
-    name: str,
-    number: int,
-    offered: Mapping[int, Sequence[int]],
-    us: Team,
-    stop: StopSignal,
+    config: RelabelConfig, run: RunFolder, made: ExtractConfig, number: int, us: Team, stop: StopSignal
 ) -> None:
-    """Write the files of the round after the set of that name, unless they are there. offered: by image the rows of
-    nouns that its captions hold.
-    """
+    """Write the files of the round after the set that `made` makes, unless they are there."""
+    name = made.features
     cache = FeatureCache(config.cache, name)
     split, protocol = CacheSource(config.cache, name, config.data, config.protocol).load_for(cache)
     require_some_readable(split)
@@ -186,15 +177,18 @@ def _propose(
         )
     selection = _selection(cache.set)
     origin = _origin(config, run, cache.set, split, base, number) | {"selection": asdict(selection)}
-    origin["offered"] = cache.key(Level.PSEUDO_LABEL) if offered else None  # which follows from nouns by image
+    origin["labels"] = cache.key(Level.PSEUDO_LABEL)  # which follows from the nouns that images offer
     if _is_there(config, origin):
         log(f"{config.proposals}: the boxes and names of this round are there")
         return
-    texts = torch.cat([run.class_embeddings()[: len(base)], torch.from_numpy(cache.embeddings(Level.NOUN))[others]])
+    known = offered_nouns(made.nouns, made.vocabulary, made.captions)
+    offered = {} if known is None or known.by_image is None else known.by_image
+    own = torch.from_numpy(cache.embeddings(Level.NOUN))[others]
+    texts = torch.cat([run.class_embeddings()[: len(base)], own]).float()
     detector = load_detector(run, texts.shape[1], us.device, config.weights.file)
-    finder = Finder(detector.eval(), texts.float().to(us.device), len(base))
+    finder = Finder(detector.eval(), texts.to(us.device), len(base))
     folder = config.proposals.with_name(f"{config.proposals.stem}.parts")
-    kept = Round(selection, [nouns[row] for row in others], _to_find(cache, split, texts.float(), others, offered))
+    kept = Round(selection, [nouns[row] for row in others], _to_find(cache, split, texts, others, offered))
     parts = found_parts(folder, split, run.recipe(), origin, finder, selection, us, stop, kept)
     if us.leads:
         before = sum(cache.counts(Source.PROPOSAL).values())
