@@ -20,7 +20,7 @@ from hdovd.data.protocol import Protocol
 from hdovd.pipelines.calibration.config import CalibrateConfig
 from hdovd.pipelines.calibration.values import Calibration, origin_of
 from hdovd.pipelines.common.atomic_write import write_picture, write_text
-from hdovd.pipelines.common.charts import ticks
+from hdovd.pipelines.common.pages import ticks
 from hdovd.pipelines.extraction.identities import box_table, offered_input
 from hdovd.pipelines.extraction.label_weights import LEAST, Evidence, Fit, expectation, label_evidence, same_prompts
 from hdovd.pipelines.extraction.source import extraction_of

@@ -1,13 +1,24 @@
 """Pages: one HTML file each that needs nothing else, made of a template in `pipelines/pages` with the style and script
-that all pages have.
+that all pages have; and charts for them as SVG text: lines over a number axis, and matrices.
+
+A chart's colours are the page's CSS variables, so that it is light or dark with its page; what it shows is
+in its data attribute as well, from which the page's script says the values under the pointer or at the arrow keys.
 """
 
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+import numpy as np
+from markupsafe import Markup, escape
+from PIL import Image, ImageOps
 
 from hdovd.core.log import log
 from hdovd.core.version import __version__
@@ -40,3 +51,186 @@ def write_page(file: Path, template: str, context: dict[str, Any]) -> None:
     """Write a `page`, and say so."""
     write_text(file, page(template, context))
     log(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, one file that needs nothing else)")
+
+
+WIDTH, HEIGHT = 360, 230
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
+TICKS = 5
+INK = (47, 111, 208)  # of matrices; its opacity is the value, so that it goes with any ground
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a chart: points in order; NaN or None breaks it. `series`: which of the page's colours, from 0; None:
+    none of them.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    series: int | None = 0
+    dashed: bool = False
+    dots: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """`low` and `high` None: as the lines have it."""
+
+    label: str
+    low: float | None = None
+    high: float | None = None
+
+
+def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
+    """A figure's SVG; empty lines are left out. Without any point there is a line of text instead."""
+    curves = [
+        (line, np.array(line.x, float), np.ma.masked_invalid(np.array(line.y, float)).filled(np.nan)) for line in lines
+    ]
+    curves = [(line, a, b) for line, a, b in curves if np.isfinite(b).any()]
+    if not curves:
+        return Markup('<p class="none">{}: nothing to show</p>').format(title)
+    x_low, x_high = _range(x, np.concatenate([a for _, a, _ in curves]))
+    y_low, y_high = _range(y, np.concatenate([b for _, _, b in curves]))
+
+    def across(value: float) -> float:
+        return LEFT + (WIDTH - RIGHT - LEFT) * (value - x_low) / (x_high - x_low)
+
+    def up(value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - y_low) / (y_high - y_low)
+
+    parts = [
+        *(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
+            f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
+            for tick in ticks(y_low, y_high)
+        ),
+        *(
+            f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>'
+            for tick in ticks(x_low, x_high)
+        ),
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x.label)}</text>',  # noqa: E501
+        f'<text class="axis" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2}" y="11" text-anchor="middle">'
+        f"{escape(y.label)}</text>",
+    ]
+    for line, a, b in curves:
+        style = ("plain" if line.series is None else f"s{line.series % 8}") + (" dashed" if line.dashed else "")
+        for run in np.ma.clump_unmasked(np.ma.masked_invalid(b)):
+            points = [(f"{across(u):.1f}", f"{up(v):.1f}") for u, v in zip(a[run], b[run], strict=True)]
+            if len(points) > 1:
+                parts.append(f'<polyline class="line {style}" points="{" ".join(map(",".join, points))}"/>')
+            if line.dots or len(points) == 1:
+                parts += [f'<circle class="dot {style}" cx="{u}" cy="{v}" r="3"/>' for u, v in points]
+    data = {
+        "frame": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
+        "range": [x_low, x_high, y_low, y_high],
+        "x": x.label,
+        "lines": [{"name": line.name, "x": _values(a), "y": _values(b)} for line, a, b in curves],
+    }
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(title)}" '
+        f'data-chart="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}</svg>'
+    )
+
+
+def matrix_chart(
+    title: str,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    low: float,
+    high: float,
+    digits: int = 2,
+    row_title: str = "",
+    column_title: str = "",
+) -> Markup:
+    """A figure's SVG of values (n, m), the more inked the nearer to `high`; NaN is left blank. Long names are cut, but
+    not in the data.
+    """
+    n, m = values.shape
+    cell = 10
+    left, top = _margin(rows, cell), _margin(columns, cell)
+    width, height = left + m * cell, top + n * cell
+    parts = [
+        f'<image x="{left}" y="{top}" width="{m * cell}" height="{n * cell}" href="{_ink(values, low, high)}" '
+        f'preserveAspectRatio="none" class="pixels"/>',
+        f'<rect class="frame" x="{left}" y="{top}" width="{m * cell}" height="{n * cell}"/>',
+    ]
+    if left > cell:
+        parts += [
+            f'<text class="name" x="{left - 3}" y="{top + i * cell + 8}" text-anchor="end">{escape(_cut(name))}</text>'
+            for i, name in enumerate(rows)
+        ]
+    if top > cell:
+        parts += [
+            f'<text class="name" transform="translate({left + j * cell + 8},{top - 3}) rotate(-90)">{escape(_cut(name))}</text>'  # noqa: E501
+            for j, name in enumerate(columns)
+        ]
+    data = {
+        "origin": [left, top],
+        "cell": cell,
+        "row": row_title,
+        "rows": list(rows),
+        "column": column_title,
+        "columns": list(columns),
+        "values": [[None if math.isnan(v) else round(float(v), digits) for v in row] for row in values.tolist()],
+    }
+    return Markup(
+        f'<svg class="matrix" viewBox="0 0 {width} {height}" style="max-width:{max(width * 1.6, 220):.0f}px" role="img" '  # noqa: E501
+        f'tabindex="0" aria-label="{escape(title)}" data-matrix="{escape(json.dumps(data, separators=(",", ":")))}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def picture_data(picture: Image.Image, form: str = "JPEG", **options: Any) -> str:
+    """A picture as a data: address."""
+    file = io.BytesIO()
+    picture.save(file, form, **options)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def small_picture_data(picture: Image.Image, side: int) -> str:
+    """A picture as a data: address, reduced to `side` pixels at most."""
+    small = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS) if max(picture.size) > side else picture
+    return picture_data(small, quality=82)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`, both included where they are round: about `TICKS` of them."""
+    step = 10 ** math.floor(math.log10((high - low) / TICKS))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= TICKS + 1)
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _ink(values: np.ndarray, low: float, high: float) -> str:
+    share = np.nan_to_num(np.clip((values - low) / max(high - low, 1e-12), 0, 1))
+    pixels = np.empty((*values.shape, 4), np.uint8)
+    pixels[..., :3] = INK
+    pixels[..., 3] = np.round(255 * share)
+    return picture_data(Image.fromarray(pixels, "RGBA"), "PNG")
+
+
+def _margin(names: Sequence[str], cell: int) -> int:
+    return cell + round(5.2 * max((len(_cut(name)) for name in names), default=0))
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 16 else name[:15] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _range(axis: Axis, values: np.ndarray) -> tuple[float, float]:
+    """The ends of an axis; `values` may hold NaN."""
+    low = float(np.nanmin(values)) if axis.low is None else axis.low
+    high = float(np.nanmax(values)) if axis.high is None else axis.high
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def _values(numbers: np.ndarray) -> list[float | None]:
+    """For JSON, which has no NaN: four digits each."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in numbers]
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

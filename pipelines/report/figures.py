@@ -21,9 +21,9 @@ from hdovd.evaluation.groups import group_of, shown_groups
 from hdovd.evaluation.tide import ERRORS, Kind
 from hdovd.pipelines.ablation.grid import BLIND, SEED, Row, column_texts, scores_of
 from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view, marked, names_and_cosines
-from hdovd.pipelines.common.charts import Axis, Line, line_chart, matrix_chart, small_picture_data
 from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.images import read_image
+from hdovd.pipelines.common.pages import Axis, Line, line_chart, matrix_chart, small_picture_data
 from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names
 from hdovd.pipelines.evaluation.analysis import Fate, ImageVerdicts
 from hdovd.pipelines.extraction.source import cache_of

@@ -12,8 +12,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.common.atomic_write import write_text
-from hdovd.pipelines.common.charts import small_picture_data
-from hdovd.pipelines.common.pages import write_page
+from hdovd.pipelines.common.pages import small_picture_data, write_page
 from hdovd.pipelines.runs.listing import table_lines
 from hdovd.pipelines.search.config import Box, SearchConfig
 

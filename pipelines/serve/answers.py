@@ -14,8 +14,8 @@ from urllib.parse import unquote
 from hdovd.core.errors import HdovdError
 from hdovd.core.picture_header import open_picture, told
 from hdovd.core.text_files import checked_name
-from hdovd.pipelines.common.charts import small_picture_data
 from hdovd.pipelines.common.images import decode
+from hdovd.pipelines.common.pages import small_picture_data
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.search.config import BoxSource, SearchConfig, parse_box

@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from hdovd.pipelines.common.charts import (
+from hdovd.pipelines.common.pages import (
     BOTTOM,
     HEIGHT,
     LEFT,

@@ -226,7 +226,7 @@ ALLOWED = {
     "cache/picture_files.py write_files": "in memory",
     "cache/tar_shards.py to_bytes": "in memory",
     "cache/tar_shards.py write": "in memory",
-    "pipelines/common/charts.py picture_data": "in memory",
+    "pipelines/common/pages.py picture_data": "in memory",
 }
 
 
