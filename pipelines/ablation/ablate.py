@@ -37,8 +37,7 @@ from hdovd.pipelines.ablation.grid import (
     write_tables,
 )
 from hdovd.pipelines.calibration.values import with_reliability
-from hdovd.pipelines.common.job_pool import Job, log_end, run_jobs, stop_signals
-from hdovd.pipelines.common.process import usable_cores
+from hdovd.pipelines.common.process import Job, log_end, run_jobs, stop_signals, usable_cores
 from hdovd.pipelines.common.settings import SWITCH, lasting_values
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import ORACLE, read_run

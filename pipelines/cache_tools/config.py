@@ -31,7 +31,7 @@ from hdovd.pipelines.common.options import (
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ActivationOption, Compute, ExtractConfig
 from hdovd.pipelines.extraction.source import CacheSource, extraction_of, laid_over
-from hdovd.pipelines.teachers.activation import Activation
+from hdovd.pipelines.teachers.base import Activation
 from hdovd.pipelines.teachers.prompts import Templates, check_templates
 
 if TYPE_CHECKING:

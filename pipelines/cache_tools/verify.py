@@ -45,10 +45,8 @@ from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.embedders import Embedder, Pictures
 from hdovd.pipelines.extraction.config import LabelChoice, recipe_of
 from hdovd.pipelines.extraction.identities import image_hash, picture_hashes
-from hdovd.pipelines.teachers.activation import Activation
-from hdovd.pipelines.teachers.base import Teacher
+from hdovd.pipelines.teachers.base import TEACHERS, Activation, Teacher
 from hdovd.pipelines.teachers.prompts import read_templates, shipped_templates
-from hdovd.pipelines.teachers.registry import TEACHERS
 
 LEAST_COSINE = 0.99
 BATCH_ROWS = 64

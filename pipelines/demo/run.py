@@ -25,8 +25,7 @@ from hdovd.core.log import log
 from hdovd.core.user_cache import user_cache_folder
 from hdovd.data.protocol import GROUPS
 from hdovd.pipelines.common.atomic_write import write_picture
-from hdovd.pipelines.common.job_pool import Job, log_end, run_jobs, stop_signals
-from hdovd.pipelines.common.process import exit_code, usable_cores
+from hdovd.pipelines.common.process import Job, exit_code, log_end, run_jobs, stop_signals, usable_cores
 from hdovd.pipelines.demo.config import MARKER, DemoConfig
 from hdovd.pipelines.demo.teacher import demo_teacher
 from hdovd.pipelines.demo.world import NOVEL, make_world

@@ -30,8 +30,7 @@ from hdovd.pipelines.detection.examples import Examples, Gap, embed_examples
 from hdovd.pipelines.extraction.source import cache_of
 from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.teachers.activation import Activation
-from hdovd.pipelines.teachers.base import Teacher
+from hdovd.pipelines.teachers.base import Activation, Teacher
 from hdovd.pipelines.teachers.prompts import Name, check_templates, folded, said
 
 if TYPE_CHECKING:

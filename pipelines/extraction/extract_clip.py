@@ -46,8 +46,7 @@ from hdovd.pipelines.extraction.text import TextRows, object_text_entry, read_cl
 from hdovd.pipelines.extraction.verdicts import FLOOR, read_verdicts
 from hdovd.pipelines.nouns.allowed import Nouns, named_novel, offered_nouns
 from hdovd.pipelines.proposal_files.file import Proposals, made_by_line, read_table, usable_proposals
-from hdovd.pipelines.teachers.base import Teacher
-from hdovd.pipelines.teachers.registry import TEACHERS
+from hdovd.pipelines.teachers.base import TEACHERS, Teacher
 
 
 def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction:

@@ -1,13 +1,30 @@
-"""What extraction asks of a frozen model: CLIP is one (`openclip`), and any other can be (docs/EXTENDING.md)."""
+"""What extraction asks of a frozen model: CLIP is one (`openclip`), and any other can be (docs/EXTENDING.md); the kinds
+that a command can name, and the activations of CLIP's transformers. Imports no torch, for the sake of --help.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from hdovd.core.registry import Registry
 from hdovd.pipelines.teachers.prompts import Name
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+OPEN_CLIP = "open_clip"
+# Functions that take what `openclip.load_clip` takes, and return a `Teacher`.
+TEACHERS = Registry("--teacher", {OPEN_CLIP: "hdovd.pipelines.teachers.openclip:load_clip"})
+
+
+class Activation(StrEnum):
+    AUTO = "auto"
+    GELU = "gelu"
+    QUICK_GELU = "quickgelu"
 
 
 class Teacher(Protocol):

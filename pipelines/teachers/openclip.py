@@ -28,7 +28,7 @@ from hdovd.core.errors import HdovdError, counted, is_file, require_readable, sh
 from hdovd.core.text_files import read_json
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.precision import Precision, choose
-from hdovd.pipelines.teachers.activation import Activation
+from hdovd.pipelines.teachers.base import Activation
 from hdovd.pipelines.teachers.preprocessing import Preprocessing
 from hdovd.pipelines.teachers.prompts import Name, prompts
 

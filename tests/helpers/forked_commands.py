@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from hdovd.cli.main import main
-from hdovd.pipelines.common import job_pool
+from hdovd.pipelines.common import process as processes
 
 OWN = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # what this process may have handlers for
 SAME_FOR_ALL = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
@@ -89,4 +89,4 @@ def forked_jobs(patch: pytest.MonkeyPatch, *names: str) -> None:
         forks = list(command[:3]) == [sys.executable, "-m", "hdovd"] and command[3] in names
         return (_Forked if forks else subprocess.Popen)(command, **how)
 
-    patch.setattr(job_pool, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": process}))
+    patch.setattr(processes, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": process}))

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.job_pool import Job, last_lines, run_jobs, stop_signals
-from hdovd.pipelines.common.process import StopSignal
+from hdovd.pipelines.common.process import Job, StopSignal, last_lines, run_jobs, stop_signals
 
 # for a file, half a minute at most
 WAIT = 'i=0; while [ ! -e "{0}" ]; do sleep 0.02; i=$((i+1)); [ $i -lt 1500 ] || exit 9; done; '

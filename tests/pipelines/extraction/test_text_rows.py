@@ -31,7 +31,7 @@ from hdovd.pipelines.extraction.config import Executor, ExtractConfig, LabelChoi
 from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip, prepare
 from hdovd.pipelines.extraction.source import laid_over
 from hdovd.pipelines.extraction.text import read_class_embeddings, read_synonyms
-from hdovd.pipelines.teachers.activation import Activation
+from hdovd.pipelines.teachers.base import Activation
 from hdovd.pipelines.teachers.openclip import load_clip
 
 Config = Callable[..., ExtractConfig]

@@ -29,7 +29,7 @@ from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.teachers import openclip as clip_teacher
-from hdovd.pipelines.teachers.activation import Activation
+from hdovd.pipelines.teachers.base import Activation
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 DIM = 24

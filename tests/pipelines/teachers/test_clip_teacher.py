@@ -28,7 +28,7 @@ from hdovd.pipelines.extraction.identities import box_table, level_inputs
 from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.teachers import openclip as clip_teacher
-from hdovd.pipelines.teachers.activation import Activation
+from hdovd.pipelines.teachers.base import Activation
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 SaveClip = Callable[..., str]
