@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hdovd.cli.main import new_app
-from hdovd.pipelines.proposal_files.options import ListOrder
+from hdovd.pipelines.common.options import ListOrder
 
 app = new_app(
     no_args_is_help=True,

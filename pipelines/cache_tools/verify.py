@@ -41,8 +41,7 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig, settings_of
 from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.embedding.build import embedders_of
-from hdovd.pipelines.embedding.embedders import Embedder, Pictures
+from hdovd.pipelines.embedding.embedders import Embedder, Pictures, embedders_of
 from hdovd.pipelines.extraction.config import LabelChoice, recipe_of
 from hdovd.pipelines.extraction.identities import image_hash, picture_hashes
 from hdovd.pipelines.teachers.base import TEACHERS, Activation, Teacher

@@ -21,6 +21,7 @@ from hdovd.data.forms.base import AUTO, FORMS
 Preset = StrEnum("Preset", {name.replace("-", "_").upper(): name for name in PRESETS})  # type: ignore[misc]
 MISSING = Parameter.empty  # the default of an option that has to be given
 DEFAULT_RECIPE = "ov-coco-faster-rcnn-r50"
+PROPOSAL_FILES = (".json", ".npz")  # that we write
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +224,23 @@ def require_own_folder(out: Path, marker: str, what: str) -> bool:
             f"empty, or of {what}"
         )
     return bool(there)
+
+
+class ListOrder(StrEnum):
+    """Which images a list of proposals goes through."""
+
+    FILE = "file"
+    ID = "id"
+
+    @property
+    def words(self) -> str:
+        return "in the order of its images" if self is ListOrder.FILE else "by ascending image id"
+
+
+def require_proposal_file(out: Path) -> None:
+    """Raises HdovdError for a name under which proposals cannot be written, before any work is done for them."""
+    if out.suffix not in PROPOSAL_FILES or out.is_dir():
+        raise HdovdError(f"--out {out}: expected a file whose name ends in {' or '.join(PROPOSAL_FILES)}")
 
 
 def refuse_two_sources(settings: Sequence[str], calibration: Path | None) -> None:

@@ -1,22 +1,30 @@
 """How rows of a level become embeddings: what to read and cut for them, in which batches, and what the model makes of
 those.
 
-Whole pictures and crops are here; boxes of one pass over a picture are in `dense`. Rows are counted from the
-level's first.
+Rows are counted from the level's first. open_clip is imported for dense boxes alone.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from hdovd.cache.schema import Level
+from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Exif, ImageBoxes
-from hdovd.pipelines.embedding.crop_recipe import CropRecipe
+from hdovd.pipelines.embedding.crop_recipe import CropRecipe, DenseRecipe
 from hdovd.pipelines.embedding.crops import Batch, CropJob, Cutter, Picture, read_picture
 from hdovd.pipelines.teachers.base import Teacher
+
+if TYPE_CHECKING:
+    from hdovd.pipelines.teachers.openclip import ClipTeacher
+
+DEFAULT_SIDES = 3  # of a dense teacher, of the crop input: 672 pixels where that has 224
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +137,74 @@ class Crops(Embedder):
 
     def cuts(self, image: ImageBoxes, rows: np.ndarray) -> dict[str, np.ndarray]:
         return {"regions": self._recipe.regions(self.pictures.box[rows], image.width, image.height)}
+
+
+class DenseBoxes(Embedder):
+    """A row a box: its part of the feature map of the picture, squashed to `side` x `side` pixels (`teachers.dense`):
+    `hdovd extract-clip --instance-teacher dense`.
+
+    A batch has as many pictures as have the pixels of a batch of crops, one at the least, and all of their boxes.
+    """
+
+    teacher: ClipTeacher
+
+    def __init__(self, teacher: Teacher, pictures: Pictures, side: int | None = None) -> None:
+        """`side`: None for about DEFAULT_SIDES times that of the crop input. Raises HdovdError for a model that is no
+        CLIP of open_clip's, or has no dense features.
+        """
+        from hdovd.pipelines.teachers.dense import DenseClip, near_side
+        from hdovd.pipelines.teachers.openclip import ClipTeacher
+
+        if not isinstance(teacher, ClipTeacher):
+            raise HdovdError(f"--instance-teacher dense needs a CLIP of open_clip's, not a {type(teacher).__name__}")
+        super().__init__(teacher, pictures)
+        self._side = side or near_side(teacher.model.visual, DEFAULT_SIDES * max(teacher.input_size))
+        self._clip = DenseClip(teacher.model.visual, self._side)
+        self._transform = teacher.transform.squashed(self._side)
+        self.fit, self.input_size = self._transform.fit, self._transform.size
+
+    def inputs(self) -> dict[str, Any]:
+        return {"preprocessing": self._transform.inputs(), "dense": self._clip.identity}
+
+    def groups(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
+        starts = np.flatnonzero(np.diff(self.images_of(rows), prepend=-1))
+        return np.split(rows, starts[:: self.places(size)][1:]) if len(rows) else []
+
+    def places(self, size: int) -> int:
+        height, width = self.teacher.input_size
+        return max(1, round(size * height * width / self._side**2))
+
+    @torch.inference_mode()
+    def encode(self, batch: Batch) -> np.ndarray:
+        pixels, boxes = self._transform.normalise(batch.pixels.to(self.teacher.device, non_blocking=True)), batch.boxes
+
+        def some(start: int, stop: int) -> np.ndarray:
+            with self.teacher.autocast():
+                return (
+                    self._clip.embed_boxes(pixels[start:stop], [torch.from_numpy(box) for box in boxes[start:stop]])
+                    .cpu()
+                    .numpy()
+                )
+
+        return self.teacher.in_memory(some, 0, len(pixels))
+
+    def cuts(self, image: ImageBoxes, rows: np.ndarray) -> dict[str, np.ndarray]:
+        from hdovd.pipelines.teachers.dense import scale_boxes
+
+        boxes = torch.from_numpy(self.pictures.box[rows].astype(np.float32))
+        return {"boxes": scale_boxes(boxes, image.width, image.height, self._side).numpy()}
+
+
+def embedders_of(teacher: Teacher, pictures: Pictures, recipe: CropRecipe | DenseRecipe) -> dict[Level, Embedder]:
+    """Those of the image and the instance level, as a recipe asks for them. Raises HdovdError for a dense recipe if the
+    model has no dense features.
+    """
+    boxes: Embedder = (
+        Crops(teacher, pictures, recipe)
+        if isinstance(recipe, CropRecipe)
+        else DenseBoxes(teacher, pictures, recipe.side)
+    )
+    return {Level.IMAGE: WholePictures(teacher, pictures), Level.INSTANCE: boxes}
 
 
 def mean_of(embeddings: np.ndarray, crops: int) -> np.ndarray:

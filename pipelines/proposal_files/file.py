@@ -17,9 +17,9 @@ from hdovd.core.log import log
 from hdovd.core.text_files import printable, read_json, shown
 from hdovd.data.coco import ImageBoxes, Skips
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
+from hdovd.pipelines.common.options import ListOrder, require_proposal_file
 from hdovd.pipelines.common.settings import pair_lines
 from hdovd.pipelines.proposal_files.formats import NPZ_FORMAT, NPZ_VERSION, read_coco_results, read_npz, read_pickle
-from hdovd.pipelines.proposal_files.options import ListOrder, require_form
 from hdovd.pipelines.proposal_files.table import NO_PROPOSALS, MadeBy, Proposals, ProposalTable
 
 __all__ = [
@@ -187,7 +187,7 @@ def convert_proposals(
     """Write all proposals of `source` to `out` as its suffix says, best first; returns their identity. Raises
     HdovdError for bad input.
     """
-    require_form(out)
+    require_proposal_file(out)
     if out.resolve() == source.resolve():
         raise HdovdError(f"--out {out} is the file to read: give another name")
     table = read_table(source, annotations, order)

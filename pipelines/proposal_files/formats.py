@@ -26,7 +26,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.json_stream import JsonStream
 from hdovd.core.text_files import cut, shown
 from hdovd.data.coco import whole
-from hdovd.pipelines.proposal_files.options import ListOrder
+from hdovd.pipelines.common.options import ListOrder
 from hdovd.pipelines.proposal_files.safe_pickle import load_arrays
 from hdovd.pipelines.proposal_files.table import ProposalTable, boxes_of
 

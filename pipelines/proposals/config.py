@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.options import RECIPE, DataOptions, Device, NetworkOptions, Option
-from hdovd.pipelines.proposal_files.options import require_form
+from hdovd.pipelines.common.options import RECIPE, DataOptions, Device, NetworkOptions, Option, require_proposal_file
 
 if TYPE_CHECKING:
     from hdovd.config.recipe import Recipe
@@ -90,7 +89,7 @@ class ProposeConfig(NetworkOptions, DataOptions):
         """Raises HdovdError for what is wrong with the paths and names alone."""
         load_protocol(self.protocol)
         if self.out is not None:
-            require_form(self.out)
+            require_proposal_file(self.out)
         if self.report:
             self._check_report()
         elif self.out is None:

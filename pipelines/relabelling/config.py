@@ -7,8 +7,14 @@ from typing import Annotated
 
 from hdovd.cache.catalog import SET_NAME_TOLD, is_set_name
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.options import CacheWritten, ClipOptions, DataIfGiven, Option, OtherProtocol
-from hdovd.pipelines.proposal_files.options import require_form
+from hdovd.pipelines.common.options import (
+    CacheWritten,
+    ClipOptions,
+    DataIfGiven,
+    Option,
+    OtherProtocol,
+    require_proposal_file,
+)
 from hdovd.pipelines.runs.config import RunOptions
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
 
@@ -33,7 +39,7 @@ class RelabelConfig(ClipOptions, RunOptions):
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone, and for a run that saw novel boxes."""
-        require_form(self.proposals)
+        require_proposal_file(self.proposals)
         if self.features is not None and not is_set_name(self.features):
             raise HdovdError(f"--features {self.features[:100]!r}: expected {SET_NAME_TOLD}")
         if RunFolder.open(self.run, trusted=self.trust).saw_novel:

@@ -15,9 +15,8 @@ import hdovd.pipelines.extraction.identities
 from hdovd.cache.identity import KeyInputs, hash_texts, key_of
 from hdovd.cache.schema import Level
 from hdovd.data.coco import ImageBoxes
-from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, Shape
-from hdovd.pipelines.embedding.embedders import Pictures
+from hdovd.pipelines.embedding.embedders import Pictures, embedders_of
 from hdovd.pipelines.extraction.identities import box_table, data_inputs, level_inputs
 from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.nouns.allowed import Nouns

@@ -15,6 +15,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
+from hdovd.pipelines.common.options import ListOrder
 from hdovd.pipelines.proposal_files.file import (
     Proposals,
     ProposalTable,
@@ -24,7 +25,6 @@ from hdovd.pipelines.proposal_files.file import (
     read_table,
     write_proposals,
 )
-from hdovd.pipelines.proposal_files.options import ListOrder
 
 MADE_BY = {"detector": "oln", "training_boxes": {"anchor": 3}}
 SIZES = {9: (300, 200), 2: (50, 400), 5: (200, 200)}  # in the order of the annotation file, which is not that of ids

@@ -21,9 +21,8 @@ from hdovd.cache.identity import key_of
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
-from hdovd.pipelines.embedding.embedders import Pictures
+from hdovd.pipelines.embedding.embedders import Pictures, embedders_of
 from hdovd.pipelines.extraction.identities import box_table, level_inputs
 from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.nouns.allowed import Nouns
