@@ -24,7 +24,7 @@ from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths, Exif, ImageBoxes
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.demo.world import make_world
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, DenseRecipe
 from hdovd.pipelines.embedding.crops import Cutter, Picture, read_picture

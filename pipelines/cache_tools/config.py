@@ -24,11 +24,11 @@ from hdovd.pipelines.common.options import (
     FeaturesOptions,
     Group,
     Option,
+    Precision,
     Pretrained,
     data_if_given,
     read_recipe,
 )
-from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ActivationOption, Compute, ExtractConfig
 from hdovd.pipelines.extraction.source import CacheSource, extraction_of, laid_over
 from hdovd.pipelines.teachers.base import Activation

@@ -20,7 +20,7 @@ from hdovd.cache.verify import product_names
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.data.coco import Skips
 from hdovd.pipelines.common.console import size
-from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.common.settings import pair_lines
 from hdovd.pipelines.extraction.identities import match_rows
 from hdovd.pipelines.proposal_files.file import made_by_line

@@ -40,7 +40,7 @@ from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig, settings_of
 from hdovd.pipelines.common.console import progress, size
-from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.embedders import Embedder, Pictures, embedders_of
 from hdovd.pipelines.extraction.config import LabelChoice, recipe_of
 from hdovd.pipelines.extraction.identities import image_hash, picture_hashes

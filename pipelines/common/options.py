@@ -10,13 +10,16 @@ from enum import StrEnum
 from functools import partial
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.config.backbone import PRESETS
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths
 from hdovd.data.forms.base import AUTO, FORMS
+
+if TYPE_CHECKING:
+    import torch
 
 Preset = StrEnum("Preset", {name.replace("-", "_").upper(): name for name in PRESETS})  # type: ignore[misc]
 MISSING = Parameter.empty  # the default of an option that has to be given
@@ -50,6 +53,25 @@ class Group:
 
     options: dict[str, tuple[Any, Any, Option]]
     build: Callable[[dict[str, Any]], Any]
+
+
+class Precision(StrEnum):
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Raises KeyError for auto, which is none."""
+        import torch
+
+        return {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}[self]
+
+    @classmethod
+    def of(cls, dtype_name: str | None) -> "Precision | None":
+        """By the name of torch's type, as identities hold it; None for any other."""
+        return {"float32": cls.FP32, "bfloat16": cls.BF16, "float16": cls.FP16}.get(str(dtype_name))
 
 
 def number_or_auto(option: str, least: int, text: str) -> int | None:

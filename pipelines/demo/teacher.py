@@ -22,7 +22,8 @@ from torch import Tensor
 from hdovd.core.log import log
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.console import progress
-from hdovd.pipelines.common.precision import Precision, choose
+from hdovd.pipelines.common.device import choose
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.demo.world import Scene, scenes
 
 MODEL_CFG: dict[str, Any] = {

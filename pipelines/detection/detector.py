@@ -18,9 +18,8 @@ from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector as Model
 from hdovd.modeling.batching import input_size, padded
 from hdovd.modeling.boxes import Detections, detect_batch
-from hdovd.pipelines.common.device import pick_device
+from hdovd.pipelines.common.device import inference_autocast, pick_device
 from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
-from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.detection.examples import Examples, Shown, read_examples
 from hdovd.pipelines.detection.fitting import fit_rows
 from hdovd.pipelines.detection.names import NameEmbedder

@@ -15,7 +15,7 @@ from hdovd.data.coco import Exif
 from hdovd.modeling.base import Detector
 from hdovd.modeling.export.detectors import ExportableDetector
 from hdovd.modeling.export.traceable import traceable
-from hdovd.pipelines.common.precision import inference_autocast
+from hdovd.pipelines.common.device import inference_autocast
 from hdovd.pipelines.detection.examples import Examples
 
 ON_IOU, OFF_IOU, OFF = 0.5, 0.3, -1  # a region is on an example from the one on, off all below the other

@@ -24,7 +24,7 @@ from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
 from hdovd.core.user_cache import user_cache_folder
 from hdovd.pipelines.common.atomic_write import replace_file
-from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.common.tensors import load_tensors, save_tensors
 from hdovd.pipelines.detection.examples import Examples, Gap, embed_examples
 from hdovd.pipelines.extraction.source import cache_of

@@ -29,10 +29,9 @@ from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.boxes import Detections, detect_batch
 from hdovd.pipelines.common.atomic_write import write_picture, write_text
 from hdovd.pipelines.common.console import progress
-from hdovd.pipelines.common.device import pick_device, placed, workers_for
+from hdovd.pipelines.common.device import inference_autocast, inference_precision, pick_device, placed, workers_for
 from hdovd.pipelines.common.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
 from hdovd.pipelines.common.images import read_image, read_pixels
-from hdovd.pipelines.common.precision import inference_autocast, inference_precision
 from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder, Weights, weights_hash

@@ -20,11 +20,11 @@ from hdovd.pipelines.common.options import (
     FeaturesOptions,
     Group,
     Option,
+    Precision,
     Pretrained,
     number_or_auto,
     workers_option,
 )
-from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe, Shape
 from hdovd.pipelines.teachers.base import OPEN_CLIP, TEACHERS, Activation
 from hdovd.pipelines.teachers.prompts import Templates, check_templates

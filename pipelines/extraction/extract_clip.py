@@ -32,7 +32,7 @@ from hdovd.data.coco import Exif, Skips, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, progress, size
 from hdovd.pipelines.common.images import read_alike
-from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.embedders import Pictures, embedders_of
 from hdovd.pipelines.extraction.config import TEMPERATURE, Executor, ExtractConfig, Store, this_share
 from hdovd.pipelines.extraction.engine import Cost, Extraction, do_share, plan_levels

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.options import Device, Group, Option
-from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.common.options import Device, Group, Option, Precision
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, Shape
 from hdovd.pipelines.extraction.config import Batch, Workers
 

@@ -32,9 +32,8 @@ from hdovd.modeling.proposals.base import ObjectnessNetwork, ProposalNetwork
 from hdovd.modeling.proposals.oln import ObjectLocalisationNetwork
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.console import progress
-from hdovd.pipelines.common.device import Team, placed, training_workers
+from hdovd.pipelines.common.device import Team, inference_autocast, placed, settled, training_workers
 from hdovd.pipelines.common.images import read_pixels
-from hdovd.pipelines.common.precision import inference_autocast, settled
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.common.tensors import load_tensors, save_tensors, tensors_hash
 from hdovd.pipelines.dataloading.loader import Batches, TrainingBatches

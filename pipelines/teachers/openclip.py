@@ -26,8 +26,8 @@ from tqdm import tqdm
 from hdovd.cache.identity import hash_file, hash_tables
 from hdovd.core.errors import HdovdError, counted, is_file, require_readable, shorten
 from hdovd.core.text_files import read_json
-from hdovd.pipelines.common.device import pick_device
-from hdovd.pipelines.common.precision import Precision, choose
+from hdovd.pipelines.common.device import choose, pick_device
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.teachers.base import Activation
 from hdovd.pipelines.teachers.preprocessing import Preprocessing
 from hdovd.pipelines.teachers.prompts import Name, prompts

@@ -25,7 +25,8 @@ from hdovd.config.recipe import ScheduleConfig
 from hdovd.core.errors import HdovdError
 from hdovd.modeling.distributed import mean_count
 from hdovd.pipelines.common.console import progress
-from hdovd.pipelines.common.precision import Precision, choose, training_products
+from hdovd.pipelines.common.device import choose, training_products
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 
 EXPLODED = 1e4  # a sum of losses above this teaches nothing any more; sound ones stay below a hundred

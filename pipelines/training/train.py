@@ -30,8 +30,7 @@ from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.distributed import world_size
 from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.pipelines.calibration.values import with_reliability
-from hdovd.pipelines.common.device import Team, placed, provenance, team, training_workers
-from hdovd.pipelines.common.precision import settled
+from hdovd.pipelines.common.device import Team, placed, provenance, settled, team, training_workers
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing, Streams, key_of

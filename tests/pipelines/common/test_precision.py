@@ -9,8 +9,9 @@ import torch
 
 from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common import precision as precision_module
-from hdovd.pipelines.common.precision import Precision, choose, cpu_bf16, cpu_features, inference_precision, settled
+from hdovd.pipelines.common import device as device_module
+from hdovd.pipelines.common.device import choose, cpu_bf16, cpu_features, inference_precision, settled
+from hdovd.pipelines.common.options import Precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SERVER = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}
@@ -23,7 +24,7 @@ def _not_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[False, True], ids=["without bf16", "with bf16"])
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(precision_module, "native_bf16", lambda _: (request.param, "this one is so"))
+    monkeypatch.setattr(device_module, "native_bf16", lambda _: (request.param, "this one is so"))
     return bool(request.param)
 
 

@@ -12,7 +12,7 @@ from online_clip import reference_transform
 from PIL import Image
 
 from hdovd.data.coco import ImageBoxes
-from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.embedding.embedders import Crops, Pictures, mean_of
 from hdovd.pipelines.embedding.feed import PartRows, embed

@@ -20,7 +20,7 @@ from hdovd.cache.schema import ROW_ARRAYS, Level
 from hdovd.cache.store import open_folder
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
-from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.engine import Unit
 from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip, prepare

@@ -24,7 +24,7 @@ from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths, Exif
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
-from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig, LabelChoice, LabelRule, Share, Store

@@ -12,7 +12,7 @@ import pytest
 
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.device import pick_device
-from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.teachers.openclip import load_clip
 
 SaveClip = Callable[..., str]

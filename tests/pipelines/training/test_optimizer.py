@@ -11,7 +11,7 @@ from orders import InOrder
 from torch import Tensor, nn
 
 from hdovd.config.recipe import Recipe
-from hdovd.pipelines.common.precision import training_products
+from hdovd.pipelines.common.device import training_products
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing
 from hdovd.pipelines.training.loop import Loop, build_optimizer

@@ -22,7 +22,7 @@ from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.detection.detect import DetectConfig, detect
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
