@@ -28,8 +28,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
-from hdovd.pipelines.embedding.crops import Cutter
-from hdovd.pipelines.embedding.embedders import Pictures, embedders_of
+from hdovd.pipelines.embedding.embedders import Cutter, Pictures, embedders_of
 from hdovd.pipelines.embedding.feed import own_threads
 from hdovd.pipelines.forecast.extraction import make_world
 from hdovd.pipelines.teachers.openclip import load_clip

@@ -27,8 +27,7 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.demo.world import make_world
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, DenseRecipe
-from hdovd.pipelines.embedding.crops import Cutter, Picture, read_picture
-from hdovd.pipelines.embedding.embedders import Embedder, Pictures, embedders_of
+from hdovd.pipelines.embedding.embedders import Cutter, Embedder, Picture, Pictures, embedders_of, read_picture
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 

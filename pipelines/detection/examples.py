@@ -27,8 +27,7 @@ from hdovd.data.coco import ImageBoxes, load_split, read_instances
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.images import AnyPicture, decode
 from hdovd.pipelines.common.picture_files import find_pictures
-from hdovd.pipelines.embedding.crops import NO_FILE, Picture, read_picture
-from hdovd.pipelines.embedding.embedders import Pictures, embedders_of
+from hdovd.pipelines.embedding.embedders import NO_FILE, Picture, Pictures, embedders_of, read_picture
 from hdovd.pipelines.extraction.source import extraction_of
 from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.prompts import folded

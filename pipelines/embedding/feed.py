@@ -24,8 +24,7 @@ from tqdm import tqdm
 from hdovd.cache.picture_files import PictureFile
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.embedding.crops import Batch, CropJob, Cutter, read_picture
-from hdovd.pipelines.embedding.embedders import Embedder
+from hdovd.pipelines.embedding.embedders import Batch, CropJob, Cutter, Embedder, read_picture
 
 SHARED_MEMORY = "/dev/shm"
 GPU_THREADS = 2  # one batch on its way to the GPU and back while another is computed

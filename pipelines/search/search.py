@@ -23,8 +23,7 @@ from hdovd.data.coco import ImageBoxes, Split
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.images import decode, read_image
 from hdovd.pipelines.detection.names import load_same_clip
-from hdovd.pipelines.embedding.crops import NO_FILE, Picture
-from hdovd.pipelines.embedding.embedders import Pictures, embedders_of
+from hdovd.pipelines.embedding.embedders import NO_FILE, Picture, Pictures, embedders_of
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, recipe_of
 from hdovd.pipelines.extraction.text import read_rows
 from hdovd.pipelines.search.config import Box, BoxSource, Duplicates, SearchConfig, weighted

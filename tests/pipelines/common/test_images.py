@@ -17,7 +17,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Exif, ImageBoxes, Skips, Split
 from hdovd.pipelines.common import images
 from hdovd.pipelines.common.images import decode, read_annotated, read_image, read_pixels
-from hdovd.pipelines.embedding.crops import read_picture
+from hdovd.pipelines.embedding.embedders import read_picture
 
 # How a camera stored the upright picture for each EXIF orientation: what undoes the turn that the tag asks for.
 STORED = {

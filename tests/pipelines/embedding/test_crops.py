@@ -12,7 +12,7 @@ from PIL import Image
 
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.embedding.crops import cut
+from hdovd.pipelines.embedding.embedders import cut
 
 BOX, SQUARE, INSIDE = Shape
 

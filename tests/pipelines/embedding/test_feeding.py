@@ -20,7 +20,7 @@ from torch import Tensor
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.device import workers_for
-from hdovd.pipelines.embedding.crops import Batch, CropJob
+from hdovd.pipelines.embedding.embedders import Batch, CropJob
 from hdovd.pipelines.embedding.feed import Wanted, embed, in_order, own_threads
 
 
