@@ -19,8 +19,17 @@ from hdovd.data.coco import ImageBoxes, Skips
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.options import ListOrder, require_proposal_file
 from hdovd.pipelines.common.settings import pair_lines
-from hdovd.pipelines.proposal_files.formats import NPZ_FORMAT, NPZ_VERSION, read_coco_results, read_npz, read_pickle
-from hdovd.pipelines.proposal_files.table import NO_PROPOSALS, MadeBy, Proposals, ProposalTable
+from hdovd.pipelines.proposal_files.table import (
+    NO_PROPOSALS,
+    NPZ_FORMAT,
+    NPZ_VERSION,
+    MadeBy,
+    Proposals,
+    ProposalTable,
+    read_coco_results,
+    read_npz,
+    read_pickle,
+)
 
 __all__ = [
     "NO_PROPOSALS",

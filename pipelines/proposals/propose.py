@@ -44,7 +44,7 @@ from hdovd.pipelines.proposal_files.file import (
     read_table,
     write_proposals,
 )
-from hdovd.pipelines.proposal_files.formats import read_npz
+from hdovd.pipelines.proposal_files.table import read_npz
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.networks import (
     Finder,
