@@ -41,7 +41,7 @@ from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing, EpochOrder
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.forecast.extraction import make_world
+from hdovd.pipelines.extraction.forecast import make_world
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 from hdovd.pipelines.training.loop import Loop
 from hdovd.pipelines.training.train import loop_of

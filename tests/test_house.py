@@ -54,7 +54,6 @@ ORDER = [
         "pipelines.cache_tools",
         "pipelines.hub",
         "pipelines.report",
-        "pipelines.forecast",
         "pipelines.demo",
         "cli",
         "cli.groups",

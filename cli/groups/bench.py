@@ -9,7 +9,7 @@ import typer
 from hdovd.cli.command import command
 from hdovd.cli.main import new_app
 from hdovd.pipelines.common.atomic_write import write_text
-from hdovd.pipelines.forecast.config import ForecastConfig
+from hdovd.pipelines.extraction.forecast_config import ForecastConfig
 
 app = new_app(no_args_is_help=True)
 
@@ -23,7 +23,7 @@ def bench() -> None:
 @command
 def extract(config: ForecastConfig) -> None:
     """Measure the extraction beside the bare model, stage by stage, and forecast what a data set costs."""
-    from hdovd.pipelines.forecast.extraction import forecast, forecast_lines
+    from hdovd.pipelines.extraction.forecast import forecast, forecast_lines
 
     with TemporaryDirectory(prefix="hdovd-bench-", dir=config.folder) as place:
         found = forecast(config, Path(place))

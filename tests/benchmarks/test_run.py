@@ -16,7 +16,7 @@ import run
 from arguments import parsed
 from forked_group import ranks
 
-from hdovd.pipelines.forecast.extraction import make_world
+from hdovd.pipelines.extraction.forecast import make_world
 
 FOLDER = Path(run.__file__).parent
 NOT_RUN = {

@@ -13,8 +13,8 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
 from hdovd.cli.main import app
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.forecast import extraction
-from hdovd.pipelines.forecast.config import ForecastConfig
+from hdovd.pipelines.extraction import forecast as forecasting
+from hdovd.pipelines.extraction.forecast_config import ForecastConfig
 
 
 def test_the_extract_command(tmp_path: Path, clip: str) -> None:
@@ -58,14 +58,14 @@ def test_the_extract_command(tmp_path: Path, clip: str) -> None:
 
 def test_what_limits_is_the_slowest(tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ForecastConfig(clip=clip, images=4, boxes=3, picture=(64, 48), rounds=1)
-    monkeypatch.setattr(extraction, "_writing", lambda *_: 1e-3)
-    assert extraction.forecast(config, tmp_path)["limit"] == "writing"
+    monkeypatch.setattr(forecasting, "_writing", lambda *_: 1e-3)
+    assert forecasting.forecast(config, tmp_path)["limit"] == "writing"
     rows = [product.rows for product in Catalog(tmp_path / "round 0").products() if product.whole]
     assert sorted(rows) == [4, 12, 12, 65]  # images, boxes, crops, classes
 
 
 def test_the_disk_that_is_forecast_is_what_a_cache_takes(tmp_path: Path, clip: str) -> None:
-    found = extraction.forecast(
+    found = forecasting.forecast(
         ForecastConfig(clip=clip, images=400, boxes=20, picture=(48, 40), rounds=1, data_set=(400, 8_000)), tmp_path
     )
     whole = sum(

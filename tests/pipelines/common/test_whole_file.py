@@ -202,7 +202,7 @@ OWN = {"replace_file", "write_text", "write_picture"}
 ALLOWED = {
     "pipelines/common/atomic_write.py": "the one place",
     "hdovd/data/forms/conversion.py converted": "below pipelines: written in a folder of its own, and named when whole",
-    "pipelines/forecast/extraction.py": "made-up data for measurements, deleted after them",
+    "pipelines/extraction/forecast.py": "made-up data for measurements, deleted after them",
     "cache/store.py write": "the cache's own place: whole or absent, and safe beside other processes",
     "cache/store.py _link": "of it",
     "cache/hub.py _lay": "what was pulled, under its name when whole",

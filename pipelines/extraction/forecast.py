@@ -32,7 +32,7 @@ from hdovd.pipelines.embedding.feed import GPU_THREADS, in_order, own_threads
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.engine import Extraction
 from hdovd.pipelines.extraction.extract_clip import prepare
-from hdovd.pipelines.forecast.config import ForecastConfig
+from hdovd.pipelines.extraction.forecast_config import ForecastConfig
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 

@@ -1,1 +1,0 @@
-"""What an extraction will cost on this machine, measured on made-up pictures and boxes."""
