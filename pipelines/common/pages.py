@@ -200,8 +200,7 @@ def ticks(low: float, high: float) -> list[float]:
     """Round numbers from `low` to `high`, both included where they are round: about `TICKS` of them."""
     step = 10 ** math.floor(math.log10((high - low) / TICKS))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= TICKS + 1)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _ink(values: np.ndarray, low: float, high: float) -> str:

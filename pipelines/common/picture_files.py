@@ -125,8 +125,9 @@ def _of_word(word: str, videos: bool) -> Iterator[PictureFile]:
     elif path.exists():
         yield PictureFile(path)
     elif glob.has_magic(word):
-        named = sorted(name for name in glob.iglob(word, recursive=True) if os.path.isfile(name))
-        yield from (PictureFile(Path(name)) for name in named)
+        yield from (
+            PictureFile(Path(name)) for name in sorted(glob.iglob(word, recursive=True)) if os.path.isfile(name)
+        )
     else:
         raise HdovdError(f"{printable(word)}: no such file or folder")
 

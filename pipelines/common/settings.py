@@ -104,9 +104,6 @@ def _same(settings: Mapping[str, Any], first: Mapping[str, Any], key: str) -> bo
 
 
 def _ending(key: str, others: set[str]) -> str:
-    parts = key.split(".")
-    for count in range(1, len(parts)):
-        ending = ".".join(parts[-count:])
-        if not any(other != key and (other == ending or other.endswith(f".{ending}")) for other in others):
-            return ending
-    return key
+    parts, rivals = key.split("."), others - {key}
+    endings = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((end for end in endings if not any(f".{other}".endswith(f".{end}") for other in rivals)), key)

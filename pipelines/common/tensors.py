@@ -89,5 +89,4 @@ def floats(value: Any, what: str) -> np.ndarray:
         value.numel() * value.element_size() > value.untyped_storage().nbytes()
     ):  # one number may pose as any amount of memory
         raise Unfit(f"{what} is a tensor of {tuple(value.shape)} numbers over {value.untyped_storage().nbytes()} bytes")
-    rows: np.ndarray = value.detach().float().numpy()
-    return rows
+    return np.asarray(value.detach().float().numpy())

@@ -57,8 +57,7 @@ def read_picture(path: Path, width: int, height: int, exif: Exif) -> Picture:
     with told(str(path)), path.open("rb") as file:
         stat, data = os.fstat(file.fileno()), file.read()
     found, either = read_annotated(path, width, height, data, exif)
-    pixels = torch.from_numpy(np.array(found)).permute(2, 0, 1)
-    return Picture(pixels, PictureFile.of(path, stat, data, either=either))
+    return Picture(torch.from_numpy(np.array(found)).permute(2, 0, 1), PictureFile.of(path, stat, data, either=either))
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,5 +328,4 @@ def mean_of(embeddings: np.ndarray, crops: int) -> np.ndarray:
     if crops == 1:
         return embeddings
     mean = embeddings[: len(embeddings) // crops * crops].reshape(-1, crops, embeddings.shape[1]).mean(axis=1)
-    normalised: np.ndarray = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    return normalised
+    return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True))

@@ -80,8 +80,7 @@ class PartRows:
 
     def take(self, batch: Wanted, answer: Embedded) -> None:
         """Enter the embeddings of a batch."""
-        unread = [job.image_id in answer.problems for job in batch.jobs]
-        blank = np.repeat(unread, [job.rows for job in batch.jobs])
+        blank = np.repeat([job.image_id in answer.problems for job in batch.jobs], [job.rows for job in batch.jobs])
         self.embedding[batch.rows - self.start] = np.where(blank[:, None], 0, answer.rows[: len(batch.rows)])
         self.failed |= answer.problems
         self.files |= answer.files

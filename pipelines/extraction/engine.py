@@ -320,15 +320,10 @@ class Extraction:
 
     def units(self) -> tuple[list[Unit], list[Unit]]:
         """The texts, which every process needs first, and what can be shared out: a fixed order, done or not."""
-        texts = [
-            Unit(level, part)
-            for level in (Level.CLASS, Level.NOUN)
-            if level in self.plans
-            for part in range(self.plans[level].parts)
-        ]
-        pictures = [
-            Unit(level, part) for level in (Level.IMAGE, Level.INSTANCE) for part in range(self.plans[level].parts)
-        ]
+        texts, pictures = (
+            [Unit(level, part) for level in levels if level in self.plans for part in range(self.plans[level].parts)]
+            for levels in ((Level.CLASS, Level.NOUN), (Level.IMAGE, Level.INSTANCE))
+        )
         return texts, pictures
 
     def do(self, units: Iterable[Unit], *, wait: bool = False) -> list[Unit]:

@@ -234,9 +234,11 @@ def _selection(
         every = [Example(*found[1:], *base) for found, base in zip(results, own, strict=True) if not found[0].problem]
         if rehearsal is not None:
             found = [one for one in found_in(pictures, numbers, rehearsal, us, "rehearsal") if not one[0].problem]
-            unseen = [torch.isin(example.labels, torch.tensor(out)) for example in every]
-            pairs = zip(every, found, unseen, strict=True)
-            chosen = choose([example._replace(rehearsed=(*one[1:], new)) for example, one, new in pairs], job)
+            rehearsed = [
+                example._replace(rehearsed=(*one[1:], torch.isin(example.labels, torch.tensor(out))))
+                for example, one in zip(every, found, strict=True)
+            ]
+            chosen = choose(rehearsed, job)
             if chosen is None:
                 log("the rehearsal finds no box of a held-out class: chosen by classes that the network has learnt")
         chosen = chosen or choose(every, job)

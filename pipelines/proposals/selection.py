@@ -165,5 +165,4 @@ def _counts(
     """
     places = np.arange(len(ranked)) if places is None else places
     high = ranked[places][:, None, None] >= np.array(scores)[:, None]
-    counts: np.ndarray = (high & (places[:, None, None] < np.array(tops))).sum(axis=0)
-    return counts
+    return np.asarray((high & (places[:, None, None] < np.array(tops))).sum(axis=0))

@@ -207,12 +207,11 @@ def load_clip(
     choose(precision, target, training=False)  # refused before weights are loaded
     config = _model_config(model, pretrained, random_weights)
     quick_gelu, notes = _activation(model, pretrained, config, activation)
-    overrides: dict[str, Any] = {}
-    if quick_gelu != bool(config.get("quick_gelu", False)):
-        overrides["quick_gelu"] = quick_gelu
     tokenizer = _tokenizer(model, config, random_weights)  # first: weights may take minutes
     of_file, said = _preprocessing_of_file(model, pretrained)
-    overrides |= {"device": target, "force_preprocess_cfg": of_file}
+    overrides: dict[str, Any] = {"device": target, "force_preprocess_cfg": of_file}
+    if quick_gelu != bool(config.get("quick_gelu", False)):
+        overrides["quick_gelu"] = quick_gelu
     try:
         net = _built(model, pretrained, random_weights, overrides)
     except Exception as error:  # open_clip raises whatever its loaders raise
