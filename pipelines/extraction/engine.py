@@ -47,9 +47,8 @@ from hdovd.pipelines.embedding.embedders import Crops, Cutter, Embedder
 from hdovd.pipelines.embedding.feed import PartRows, Wanted, embed, own_threads
 from hdovd.pipelines.extraction.config import TEMPERATURE, ExtractConfig, LabelRule, Share
 from hdovd.pipelines.extraction.identities import BoxTable, PictureHashes, files_of, match_rows
-from hdovd.pipelines.extraction.pseudo_labels import barred_in, label_rows
+from hdovd.pipelines.extraction.pseudo_labels import Verdicts, barred_in, label_rows
 from hdovd.pipelines.extraction.text import TextRows
-from hdovd.pipelines.extraction.verdicts import Verdicts
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.teachers.base import Teacher
 

@@ -243,7 +243,7 @@ AROUND = 0.1  # of a box's sides, on each side of a crop: what stands around an 
 
 
 def export_crops(config: ExportConfig) -> None:
-    """Write the proposals' crops, and before them a line for each as `verdicts.read_verdicts` takes it. Images that
+    """Write the proposals' crops, and before them a line for each as `read_verdicts` takes it. Images that
     could not be read are left out, and told. Raises HdovdError if the set does not fit the data, or a picture is gone.
     """
     config.check()

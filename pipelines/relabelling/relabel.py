@@ -38,9 +38,8 @@ from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.evaluation.evaluate import load_detector
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip
-from hdovd.pipelines.extraction.pseudo_labels import rows_of_classes
+from hdovd.pipelines.extraction.pseudo_labels import rows_of_classes, write_verdicts
 from hdovd.pipelines.extraction.source import CacheSource, extraction_of, laid_over, set_of_run
-from hdovd.pipelines.extraction.verdicts import write_verdicts
 from hdovd.pipelines.nouns.allowed import offered_nouns
 from hdovd.pipelines.proposal_files.file import Proposals, read_table, write_proposals
 from hdovd.pipelines.proposals.networks import require_some_readable

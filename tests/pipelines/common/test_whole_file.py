@@ -217,7 +217,7 @@ ALLOWED = {
     "pipelines/proposal_files/file.py _write_json": "given to replace_file",
     "pipelines/proposal_files/file.py _write_npz": "given to replace_file",
     "pipelines/detection/video.py": "grows, frame by frame, and can be played at any time",
-    "pipelines/extraction/verdicts.py write": "given to replace_file",
+    "pipelines/extraction/pseudo_labels.py write": "given to replace_file",
     "pipelines/export/model.py _write_onnx": "given to replace_file",
     "pipelines/export/model.py save_traced": "given to replace_file",
     "pipelines/export/model.py _write_safetensors": "given to replace_file",

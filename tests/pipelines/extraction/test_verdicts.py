@@ -27,8 +27,8 @@ from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.export import export_crops
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.identities import BoxTable, box_table
+from hdovd.pipelines.extraction.pseudo_labels import FLOOR, read_verdicts
 from hdovd.pipelines.extraction.source import ExportConfig, ExportForm
-from hdovd.pipelines.extraction.verdicts import FLOOR, read_verdicts
 from hdovd.pipelines.proposal_files.file import read_table, usable_proposals
 
 Config = Callable[..., ExtractConfig]
