@@ -8,7 +8,8 @@ that was shown its crop may have answered:
 
 `bbox` is x, y, width and height in pixels, as in proposal files; `"row": 17`, the proposal's place in the cache, may
 stand for image and box. Scores count against each other alone. Names that a proposal's line does not have count as its
-`"others"`, the score of each of them, or as `FLOOR` of its best one; a proposal without a line is named by CLIP alone.
+`"others"`, the score of each of them, or as `FLOOR` of its best one, and backgrounds among them as `"background"`, or
+as its best one; a proposal without a line is named by CLIP alone.
 `hdovd relabel` writes such a file too.
 
 n crops, K nouns, k nouns a label, D embedding size; M rows of the box table, V names that proposals have.
@@ -42,6 +43,7 @@ from hdovd.pipelines.nouns.allowed import Nouns, meaning
 
 FLOOR = 1e-3
 EXPECTED = '{"image_id": 1, "bbox": [x, y, w, h], "names": {"cat": 0.9}}'
+OF_THE_REST = ("others", "background")  # keys of a line beside its names
 LARGEST = 1e300  # whole numbers in JSON have no end
 SAME_BOX_PX = 1.0  # on every side: files round
 
@@ -49,37 +51,42 @@ SAME_BOX_PX = 1.0  # on every side: files round
 @dataclass(frozen=True, slots=True, eq=False)
 class Verdicts:
     """Of row i of the box table the names offset[i]:offset[i + 1]: `noun` (V,) int32, and `log_score` (V,) float32, the
-    logarithm of its share of the row's best score, log(FLOOR) to 0; `log_others` (M,) float32 that of all other names.
+    logarithm of its share of the row's best score, log(FLOOR) to 0; `log_others` (M,) float32 that of all other names,
+    `log_background` (M,) float32 of backgrounds among them.
     """
 
     offset: np.ndarray
     noun: np.ndarray
     log_score: np.ndarray
     log_others: np.ndarray
+    log_background: np.ndarray
 
     def identity(self) -> str:
-        return hash_tables([self.offset, self.noun, self.log_score, self.log_others])
+        grounds = [self.log_background] if self.log_background.any() else []  # as it was before lines could tell it
+        return hash_tables([self.offset, self.noun, self.log_score, self.log_others, *grounds])
 
     def of_rows(self, rows: np.ndarray, nouns: int, backgrounds: Sequence[int] = ()) -> Tensor:
-        """Log scores (n, K) of rows of the box table; 0 in those without a verdict, and of backgrounds that a verdict
-        does not name: it says which object it is, and may not have been asked whether it is one.
+        """Log scores (n, K) of rows of the box table; 0 in those without a verdict, and of backgrounds where it says
+        nothing of them: it says which object it is, and may not have been asked whether it is one.
         """
         found = torch.zeros(len(rows), nouns)
         for log_scores, row in zip(found, rows.tolist(), strict=True):
             first, last = self.offset[row : row + 2].tolist()
             if last > first:
                 log_scores.fill_(float(self.log_others[row]))
-                log_scores[list(backgrounds)] = 0.0
+                log_scores[list(backgrounds)] = float(self.log_background[row])
                 log_scores[torch.from_numpy(self.noun[first:last].astype(np.int64))] = torch.from_numpy(
                     self.log_score[first:last]
                 )
         return found
 
 
-def write_verdicts(path: Path, lines: Iterable[tuple[int, list[float], dict[str, float], float]]) -> None:
-    """lines: image id, box as x, y, width, height, scores by name, the score of all others. Whole or absent."""
-    keys = ("image_id", "bbox", "names", "others")
-    texts = (json.dumps(dict(zip(keys, line, strict=True))) for line in lines)
+def write_verdicts(path: Path, lines: Iterable[tuple[int, list[float], dict[str, float], float, float]]) -> None:
+    """lines: image id, box as x, y, width, height, scores by name, the score of all others, and that of backgrounds.
+    Whole or absent.
+    """
+    keys = ("image_id", "bbox", "names", "others", "background")
+    texts = (json.dumps(dict(zip(keys, line, strict=False))) for line in lines)  # parts of before tell no background
 
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as file:
@@ -98,15 +105,15 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
     for noun, name in enumerate(vocabulary):
         rows_of.setdefault(meaning(name), []).append(noun)
     called = cache(lambda name: rows_of.get(meaning(name), ()))  # names come again and again
-    of_others = np.zeros(len(table.box))
+    of_others, of_grounds = np.zeros(len(table.box)), np.ones(len(table.box))
     seen, row_of, noun_of, score_of = np.zeros(len(table.box), bool), array("q"), array("i"), array("d")
     for where, tree in json_lines(path, EXPECTED):
         row, found = _row(tree, table, place, where), dict[int, float]()
-        scores, others = _scores(tree, where)
+        scores, others, background = _scores(tree, where)
         if seen[row]:
             raise HdovdError(f"{where}: a second verdict on the same proposal: expected one line for each")
         seen[row], best = True, max(scores.values(), default=1.0)
-        of_others[row] = others / best
+        of_others[row], of_grounds[row] = others / best, 1.0 if background is None else background / best
         for name, score in scores.items():
             nouns = called(name)
             unknown[name] += not nouns
@@ -126,7 +133,9 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
     proposals = int((table.source == Source.PROPOSAL).sum())
     log(f"verdicts of {path}: on {len(np.unique(rows)):,d} of {proposals:,d} proposals")
     order, counts = np.lexsort((nouns_of_rows, rows)), np.bincount(rows + 1, minlength=len(table.box) + 1)
-    logs = (np.log(shares.clip(FLOOR, 1)).astype(np.float32) for shares in (scores_of_rows[order], of_others))
+    logs = (
+        np.log(shares.clip(FLOOR, 1)).astype(np.float32) for shares in (scores_of_rows[order], of_others, of_grounds)
+    )
     return Verdicts(counts.cumsum(), nouns_of_rows[order], *logs)
 
 
@@ -160,20 +169,20 @@ def _row(tree: dict[str, Any], table: BoxTable, place: Mapping[int, int], where:
     return int(own[away.argmin()])
 
 
-def _scores(tree: dict[str, Any], where: str) -> tuple[dict[str, float], float]:
-    """Scores by name, {} where nothing was answered, and that of all others. Raises HdovdError if none is above 0, or
-    one is no number of 0 or more.
+def _scores(tree: dict[str, Any], where: str) -> tuple[dict[str, float], float, float | None]:
+    """Scores by name, {} where nothing was answered, that of all others, and that of backgrounds, if it is told. Raises
+    HdovdError if none is above 0, or one is no number of 0 or more.
     """
-    names, others = tree.get("names"), tree.get("others", 0.0)
+    names, told = tree.get("names"), {"others": 0.0} | {key: tree[key] for key in OF_THE_REST if key in tree}
     expected = 'expected a score for each name, 0 or more, as {"cat": 0.9}'
     if not isinstance(names, dict):
         raise HdovdError(f"{where}: names is {shown(names)}, {expected}")
-    for name, score in (*names.items(), ("others", others)):
+    for name, score in (*names.items(), *told.items()):
         if type(score) not in (int, float) or not 0 <= score < LARGEST:
             raise HdovdError(f"{where}: the score of {cut(name)!r} is {shown(score)}, {expected}")
     if names and not any(names.values()):
         raise HdovdError(f"{where}: no name has a score above 0, {expected}")
-    return names, others
+    return names, told["others"], told.get("background")
 
 
 def settled(

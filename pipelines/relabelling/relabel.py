@@ -64,17 +64,21 @@ class Round:
 
     def __call__(self, image: ImageBoxes, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
         """Of boxes (n, 4) and scores (n, 1 + N) of `Finder.propose` those to keep, best first, their scores, with 1
-        added where a box is that of an offered noun, and names with a score for all others of each.
+        added where a box is that of an offered noun, and of each names with their scores, that of all other names, and
+        that of backgrounds.
         """
-        base, ranks = torch.from_numpy(image.boxes), scores[:, 0].clamp(LEAST, 1)  # a sum may be a little more
+        base, objects = torch.from_numpy(image.boxes), scores[:, 0].clamp(LEAST, 1)  # a sum may be a little more
         called = self.called(image, boxes, scores[:, 1:], base)
+        ranks = objects.clone()
         ranks[[*called]] += 1
         keep = self.selection.keep(boxes, ranks, base)
         names = [
             ({self.nouns[called[row]]: 1.0}, 0.0) if row in called else _best(scores[row, 1:], self.nouns)
             for row in keep.tolist()
         ]
-        return boxes[keep], ranks[keep], names
+        odds = ((1 - objects) / objects)[keep].tolist()  # of a background, against the names together
+        told = [(own, rest, float(f"{o * sum(own.values()):.4g}")) for (own, rest), o in zip(names, odds, strict=True)]
+        return boxes[keep], ranks[keep], told
 
     def called(self, image: ImageBoxes, boxes: Tensor, scores: Tensor, base: Tensor) -> dict[int, int]:
         """By its row the noun of each box that is the likeliest for a noun which the image offers: those of the highest
@@ -249,7 +253,7 @@ def _write(config: RelabelConfig, parts: Parts, before: int, per_mention: float 
     )
     most, scores = dict(zip(found, counts.tolist(), strict=True)), _scores(ranks[best])
 
-    def lines() -> Iterator[tuple[int, list[float], dict[str, float], float]]:
+    def lines() -> Iterator[tuple[int, list[float], dict[str, float], float, float]]:
         for part in parts.numbers():  # once more: names of millions of boxes would take gigabytes
             boxes, told = parts.read(part)
             for (image_id, own), names in zip(boxes.items(), told["names"], strict=True):

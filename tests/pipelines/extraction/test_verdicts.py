@@ -84,6 +84,15 @@ def test_scores_count_against_the_best_and_others_are_the_floor(table: BoxTable,
     torch.testing.assert_close(added, torch.tensor(wanted), rtol=1e-5, atol=1e-7)
     grounds = found.of_rows(np.array([one, two]), 4, (2, 3)).exp()  # a background that is named is as it is named
     torch.testing.assert_close(grounds, torch.tensor([[FLOOR, 1, 1, 1], [1, FLOOR, 0.25, 1]]), rtol=1e-5, atol=1e-7)
+    told = written(
+        tmp_path / "told.jsonl",
+        line(table, one, names={"key": 0.5}, background=0.1),
+        line(table, two, names={"key": 0.5, "zeppelin": 0.25}, background=0),
+        line(table, three, names={"key": 0.5}, background=7),
+    )
+    grounds = read_verdicts(told, table, NAMES).of_rows(np.array([one, two, three]), 4, (2, 3)).exp()
+    wanted = [[1, FLOOR, 0.2, 0.2], [1, FLOOR, 0.5, FLOOR], [1, FLOOR, 1, 1]]  # at most as the best name
+    torch.testing.assert_close(grounds, torch.tensor(wanted), rtol=1e-5, atol=1e-7)
     packed = tmp_path / "v.jsonl.gz"
     packed.write_bytes(gzip.compress(file.read_bytes()))
     assert read_verdicts(packed, table, NAMES).identity() == found.identity()
@@ -127,6 +136,8 @@ def test_boxes_are_met_within_a_pixel_and_cut_to_the_image(table: BoxTable, tmp_
         ({"names": {"key": float("nan")}}, "the score of 'key' is nan"),
         ({"others": 10**400}, "the score of 'others' is a number of more"),
         ({"others": "0.1"}, "the score of 'others' is the text"),
+        ({"background": [0.1]}, "the score of 'background' is a list"),
+        ({"background": -1}, "the score of 'background' is -1"),
         ({"names": {"key": 0}}, "line 2: no name has a score above 0"),
         ({}, "line 3: a second verdict on the same proposal"),
     ],

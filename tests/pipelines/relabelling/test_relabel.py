@@ -137,11 +137,13 @@ def test_a_noun_of_the_captions_has_its_best_box_however_low_its_score() -> None
     # The second is the key, so that the first, which it overlaps, is no star; the last one is too narrow.
     assert found.tolist() == boxes[[1, 2, 3]].tolist()
     assert ranks.tolist() == pytest.approx([1.3, 1.2, 1.1])
-    assert names == [({"key": 1.0}, 0.0), ({"star": 1.0}, 0.0), ({"heart": 1.0}, 0.0)]
+    # Odds of there being no object: of scores of 0.3, 0.2 and 0.1.
+    assert names == [({"key": 1.0}, 0.0, 2.333), ({"star": 1.0}, 0.0, 4.0), ({"heart": 1.0}, 0.0, 9.0)]
     found, ranks, names = replace(kept, offered={7: [2]})(image, boxes, scores)
     assert found.tolist() == boxes[[2, 0, 3]].tolist()
     assert ranks.tolist() == pytest.approx([1.2, 0.9, 0.1])
-    assert [max(one, key=lambda name: one[name]) for one, _ in names] == ["heart", "star", "heart"]
+    assert [max(one, key=lambda name: one[name]) for one, *_ in names] == ["heart", "star", "heart"]
+    assert [ground for *_, ground in names] == [4.0, pytest.approx(0.1), 2.7]  # against the sum of names
     assert replace(kept, offered={})(image, boxes, scores)[1].tolist() == pytest.approx([0.9, 0.2, 0.1])
     assert kept(image, boxes[:1], scores[:1] * 0)[1] > 1
     assert replace(kept, offered={})(image, boxes[:1], scores[:1] * 0 + 1.0000001)[1] == 1  # a sum of probabilities
