@@ -312,34 +312,30 @@ class ExtractConfig(FeaturesOptions):
     ] = Exif.APPLY
 
     def __post_init__(self) -> None:
-        has_nouns = self.vocabulary is not None or self.nouns is not None
-        wrong = {
-            "--nouns holds a vocabulary and what of it each image offers: leave --vocabulary and --captions out": (
-                self.nouns is not None and (self.vocabulary is not None or self.captions is not None)
-            ),
-            "--captions needs --vocabulary too: the names, one a line, that are looked for in the captions": (
-                self.captions is not None and self.vocabulary is None
-            ),
-            f"--{'nouns' if self.vocabulary is None else 'vocabulary'} names pseudo boxes, and there are none without "
-            "--proposals": has_nouns and self.proposals is None,
-            f"--label-top-k {self.labels.top} is of pseudo labels, and there are none without --nouns or "
-            "--vocabulary": self.labels.top > 1 and not has_nouns,
-            "--verdicts choose among nouns, and there are none without --nouns or --vocabulary": (
-                self.verdicts is not None and not has_nouns
-            ),
-            "--synonyms has no use with --class-embeddings, which takes the place of all class names": (
-                self.synonyms is not None and self.class_embeddings is not None
-            ),
-            "--submitit says how --executor submitit starts its jobs: give both": (
-                self.submitit is not None and self.executor is not Executor.SUBMITIT
-            ),
-            "--retry-failed has little to do: give it without --executor submitit": (
-                self.retry_failed and self.executor is Executor.SUBMITIT
-            ),
-        }
-        for message, holds in wrong.items():
-            if holds:
-                raise HdovdError(message)
+        if self.nouns is not None and (self.vocabulary is not None or self.captions is not None):
+            raise HdovdError(
+                "--nouns holds a vocabulary and what of it each image offers: leave --vocabulary and --captions out"
+            )
+        if self.captions is not None and self.vocabulary is None:
+            raise HdovdError(
+                "--captions needs --vocabulary too: the names, one a line, that are looked for in the captions"
+            )
+        for option in ("vocabulary", "nouns"):
+            if self.proposals is None and getattr(self, option) is not None:
+                raise HdovdError(f"--{option} names pseudo boxes, and there are none without --proposals")
+        if self.labels.top > 1 and self.vocabulary is None and self.nouns is None:
+            raise HdovdError(
+                f"--label-top-k {self.labels.top} is of pseudo labels, and there are none without --nouns or "
+                f"--vocabulary"
+            )
+        if self.verdicts is not None and self.vocabulary is None and self.nouns is None:
+            raise HdovdError("--verdicts choose among nouns, and there are none without --nouns or --vocabulary")
+        if self.synonyms is not None and self.class_embeddings is not None:
+            raise HdovdError("--synonyms has no use with --class-embeddings, which takes the place of all class names")
+        if self.submitit is not None and self.executor is not Executor.SUBMITIT:
+            raise HdovdError("--submitit says how --executor submitit starts its jobs: give both")
+        if self.retry_failed and self.executor is Executor.SUBMITIT:
+            raise HdovdError("--retry-failed has little to do: give it without --executor submitit")
         check_templates(self.templates)
         if self.part_rows < 1 or (self.part_rows > CHUNK_ROWS and self.part_rows % CHUNK_ROWS):
             raise HdovdError(f"--part-rows {self.part_rows}: expected at most {CHUNK_ROWS}, or a multiple of it")
