@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from hdovd.cache.identity import hash_file, require_same
-from hdovd.config.backbone import AUTO
-from hdovd.config.plugins import outside_code
-from hdovd.config.recipe import Recipe, build_recipe
+from hdovd.config.detector import AUTO
+from hdovd.config.recipe import Recipe, build_recipe, outside_code
 from hdovd.core.errors import HdovdError, is_file, require_readable
 from hdovd.core.log import log
 from hdovd.core.version import __version__

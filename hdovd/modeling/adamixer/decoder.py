@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.config.adamixer import DecoderConfig
+from hdovd.config.detector import DecoderConfig
 from hdovd.modeling.adamixer.boxes import SamplingTable, refine, sides, to_corners
 from hdovd.modeling.queries.detector import RARE, QueryStage
 from hdovd.modeling.queries.overlaps import covered

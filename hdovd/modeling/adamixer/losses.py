@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdovd.config.adamixer import QueryProposalsConfig
+from hdovd.config.detector import QueryProposalsConfig
 from hdovd.modeling.adamixer.proposals import DensePredictions, positions
 from hdovd.modeling.batching import SIZE_DIVISOR
 from hdovd.modeling.distributed import divisor

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from hdovd.config.adamixer import AdaMixerConfig
-from hdovd.config.queries import GROUPS_OF_NORM
+from hdovd.config.detector import GROUPS_OF_NORM, AdaMixerConfig
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.modeling.adamixer.boxes import SamplingTable, to_corners, to_xyzr

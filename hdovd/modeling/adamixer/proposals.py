@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.config.adamixer import QueryProposalsConfig
-from hdovd.config.queries import GROUPS_OF_NORM
+from hdovd.config.detector import GROUPS_OF_NORM, QueryProposalsConfig
 from hdovd.modeling.adamixer.boxes import SamplingTable, to_xyzr
 from hdovd.modeling.boxes import nms_of_images
 from hdovd.modeling.queries.pairs import Candidates

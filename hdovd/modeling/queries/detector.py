@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from hdovd.config.queries import QueryDetectorConfig
+from hdovd.config.detector import QueryDetectorConfig
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.config.queries import TextLevelConfig
+from hdovd.config.detector import TextLevelConfig
 from hdovd.config.recipe import InstanceLossConfig
 from hdovd.core.errors import HdovdError
 from hdovd.modeling.distributed import FeatureQueue, counts_of_ranks, gather_rows

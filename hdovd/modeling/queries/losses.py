@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from hdovd.config.queries import StageLossConfig
+from hdovd.config.detector import StageLossConfig
 from hdovd.modeling.distributed import counts_of_ranks, gather_rows, rank
 from hdovd.modeling.queries.overlaps import overlap
 from hdovd.modeling.queries.pairs import Pairs, StepBoxes

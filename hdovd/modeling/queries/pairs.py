@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hdovd.config.queries import MatchCosts
+from hdovd.config.detector import MatchCosts
 from hdovd.config.recipe import ClassLossConfig, PseudoBoxConfig
 from hdovd.data.targets import Targets, with_large_pseudo_boxes
 from hdovd.modeling.losses.classwise import reliability

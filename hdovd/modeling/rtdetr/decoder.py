@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.config.rtdetr import RTDETRConfig
+from hdovd.config.detector import RTDETRConfig
 from hdovd.modeling.boxes import best_places
 from hdovd.modeling.queries.detector import RARE, QueryStage
 from hdovd.modeling.queries.overlaps import covered

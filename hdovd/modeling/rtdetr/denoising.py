@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hdovd.config.rtdetr import DenoisingConfig
+from hdovd.config.detector import DenoisingConfig
 from hdovd.modeling.batching import Use, image_generator
 from hdovd.modeling.queries.detector import Step
 from hdovd.modeling.queries.pairs import StepBoxes

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.config.queries import GROUPS_OF_NORM
-from hdovd.config.rtdetr import HybridEncoderConfig
+from hdovd.config.detector import GROUPS_OF_NORM, HybridEncoderConfig
 from hdovd.modeling.rtdetr.attention import Attention, feed_forward, initialise
 
 TINY = 1e-5  # added to variances; as torch's GroupNorm

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
+from hdovd.config.detector import RTDETRConfig
 from hdovd.config.recipe import Recipe
-from hdovd.config.rtdetr import RTDETRConfig
 from hdovd.core.errors import HdovdError
 from hdovd.modeling.backbones.pyramid import build_backbone, without_pyramid
 from hdovd.modeling.distributed import divisor

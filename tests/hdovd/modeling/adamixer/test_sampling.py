@@ -9,7 +9,7 @@ from adamixer_scenes import noise
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from hdovd.config.adamixer import DecoderConfig
+from hdovd.config.detector import DecoderConfig
 from hdovd.modeling.adamixer.boxes import SamplingTable, refine, sides, to_corners, to_xyzr
 from hdovd.modeling.adamixer.decoder import AdaptiveMixing, BoxAttention, DecoderStage, positional_code
 from hdovd.modeling.queries.overlaps import covered, overlap

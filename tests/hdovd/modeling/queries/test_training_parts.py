@@ -10,7 +10,7 @@ from adamixer_scenes import DIM, noise, small, targets, unit
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from hdovd.config.queries import MatchCosts, StageLossConfig, TextLevelConfig
+from hdovd.config.detector import MatchCosts, StageLossConfig, TextLevelConfig
 from hdovd.modeling.losses.classwise import reliability
 from hdovd.modeling.losses.instance import relation_loss
 from hdovd.modeling.queries.levels import InstanceLevels, TextLevel, fused

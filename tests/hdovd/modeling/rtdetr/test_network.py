@@ -8,7 +8,7 @@ from adamixer_scenes import DIM, noise, unit
 from rtdetr_scenes import small
 from torch import Tensor
 
-from hdovd.config.rtdetr import HybridEncoderConfig
+from hdovd.config.detector import HybridEncoderConfig
 from hdovd.modeling.queries.overlaps import covered
 from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention, GridSampling
 from hdovd.modeling.rtdetr.decoder import Selection, Stage, cells_of, logit, to_pixels, to_shares
