@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from hdovd.core import __version__
 from hdovd.core.log import log
-from hdovd.core.version import __version__
 from hdovd.pipelines.common.atomic_write import write_text
 
 # Nothing is loaded from anywhere: style, script and pictures are in the page.

@@ -21,9 +21,9 @@ from torch.utils.data import Dataset, Subset
 from hdovd.cache.identity import hash_file, require_same
 from hdovd.config.detector import AUTO
 from hdovd.config.recipe import Recipe, build_recipe, outside_code
+from hdovd.core import __version__
 from hdovd.core.errors import HdovdError, is_file, require_readable
 from hdovd.core.log import log
-from hdovd.core.version import __version__
 from hdovd.data.coco import Split
 from hdovd.data.protocol import load_protocol
 from hdovd.data.targets import flip_boxes
