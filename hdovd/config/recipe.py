@@ -132,8 +132,8 @@ class InferenceConfig(Section):
 
 
 class ProposalsConfig(Section):
-    """The networks of `hdovd propose` (`oln`, `proposer`). With defaults, unlike the rest: recipes kept before it was
-    there still load.
+    """The networks of `hdovd propose` (`modeling.proposals`). With defaults, unlike the rest: recipes kept before it
+    was there still load.
 
     The defaults are those of the authors' configuration of OLN (oln_box.py), but `roi_iou`, which is the paper's.
     """

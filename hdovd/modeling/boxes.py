@@ -1,4 +1,5 @@
-"""Boxes after the network: offsets to corners and back, NMS of a batch, and detections from scores (METHOD section 7).
+"""Boxes after the network: offsets to corners and back, how far they overlap, NMS of a batch, and detections from
+scores (METHOD section 7).
 
 The coder is torchvision's, except that no number is copied to the device: such a copy waits for all that the device
 has still to do. NMS takes several images a call on a GPU, since the host waits for each call's result.
@@ -38,6 +39,36 @@ class BoxCoder(_utils.BoxCoder):
         growth = torch.stack([rel_codes[:, 2] / ww, rel_codes[:, 3] / wh], dim=1).clamp(max=self.bbox_xform_clip)
         centre, half = shift * sides + (boxes[:, :2] + 0.5 * sides), 0.5 * (growth.exp() * sides)
         return torch.cat([centre - half, centre + half], dim=1)
+
+
+TINY = 1e-6  # the least area that is divided by, square pixels; released code
+
+
+def overlap(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU (arXiv 1902.09630) of boxes (..., 4) xyxy that broadcast against each other; float32,
+    under autocast too.
+    """
+    shared = _shared(one, two)
+    union = (area(one) + area(two) - shared).clamp(min=TINY)
+    iou = shared / union
+    hull = torch.maximum(one[..., 2:], two[..., 2:]) - torch.minimum(one[..., :2], two[..., :2])
+    around = hull.clamp(min=0).prod(dim=-1).clamp(min=TINY)
+    return iou, iou - (around - union) / around
+
+
+def covered(boxes: Tensor) -> Tensor:
+    """The share of each box (..., N, 4) that each other covers, intersection over its own area: (..., N, N)."""
+    return _shared(boxes[..., :, None, :], boxes[..., None, :, :]) / area(boxes)[..., :, None].clamp(min=TINY)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Square pixels (...) of boxes (..., 4) xyxy."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def _shared(one: Tensor, two: Tensor) -> Tensor:
+    low, high = torch.maximum(one[..., :2], two[..., :2]), torch.minimum(one[..., 2:], two[..., 2:])
+    return (high - low).clamp(min=0).prod(dim=-1)
 
 
 MOST_AT_ONCE = (

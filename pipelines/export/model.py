@@ -39,8 +39,7 @@ from hdovd.core.log import log
 from hdovd.modeling.base import Detector as Model, build_detector
 from hdovd.modeling.batching import input_size
 from hdovd.modeling.boxes import Detections, detect
-from hdovd.modeling.export.detectors import ExportableDetector
-from hdovd.modeling.export.traceable import traceable
+from hdovd.modeling.export.detectors import ExportableDetector, traceable
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.images import decode, pixels_of
 from hdovd.pipelines.detection.detector import Detector

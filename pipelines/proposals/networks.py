@@ -27,8 +27,7 @@ from hdovd.core.log import log
 from hdovd.data.coco import Split
 from hdovd.data.protocol import load_protocol
 from hdovd.data.targets import flip_boxes
-from hdovd.modeling.proposals.base import ObjectnessNetwork, ProposalNetwork
-from hdovd.modeling.proposals.oln import ObjectLocalisationNetwork
+from hdovd.modeling.proposals.networks import ObjectLocalisationNetwork, ObjectnessNetwork, ProposalNetwork
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import Team, placed, training_workers

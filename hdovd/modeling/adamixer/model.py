@@ -13,10 +13,14 @@ from torchvision.models.detection.image_list import ImageList
 from hdovd.config.detector import GROUPS_OF_NORM, AdaMixerConfig
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
-from hdovd.modeling.adamixer.boxes import SamplingTable, to_corners, to_xyzr
-from hdovd.modeling.adamixer.decoder import DecoderStage
-from hdovd.modeling.adamixer.losses import auxiliary_losses, main_losses, valid_positions
-from hdovd.modeling.adamixer.proposals import DensePredictions, QueryProposals
+from hdovd.modeling.adamixer.decoder import DecoderStage, SamplingTable, to_corners, to_xyzr
+from hdovd.modeling.adamixer.proposals import (
+    DensePredictions,
+    QueryProposals,
+    auxiliary_losses,
+    main_losses,
+    valid_positions,
+)
 from hdovd.modeling.backbones.pyramid import build_backbone
 from hdovd.modeling.queries.detector import ForwardOutput, QueryDetector, Step
 

@@ -24,13 +24,6 @@ from hdovd.modeling.distributed import divisor
 from hdovd.modeling.levels.imagewise import ImageLevel
 from hdovd.modeling.losses.classwise import cosine_logits, of_judged, with_one_background
 from hdovd.modeling.queries.levels import InstanceLevels, TextLevel
-from hdovd.modeling.queries.losses import (
-    box_losses,
-    classification_loss,
-    objectness_loss,
-    prompts_and_labels,
-    query_weights,
-)
 from hdovd.modeling.queries.pairs import (
     Candidates,
     Pairs,
@@ -41,7 +34,16 @@ from hdovd.modeling.queries.pairs import (
     pairing_costs,
     to_host,
 )
-from hdovd.modeling.queries.scores import TextAdapters, query_scores, with_objectness
+from hdovd.modeling.queries.scores import (
+    TextAdapters,
+    box_losses,
+    classification_loss,
+    objectness_loss,
+    prompts_and_labels,
+    query_scores,
+    query_weights,
+    with_objectness,
+)
 
 LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost of pairing it; released code
 RARE = -4.595  # logit of the share of queries that hold an object at the start: 1 %

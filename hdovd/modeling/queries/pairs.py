@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from hdovd.config.detector import MatchCosts
 from hdovd.config.recipe import ClassLossConfig, PseudoBoxConfig
 from hdovd.data.targets import Targets, with_large_pseudo_boxes
+from hdovd.modeling.boxes import overlap
 from hdovd.modeling.losses.classwise import reliability
-from hdovd.modeling.queries.overlaps import overlap
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The hybrid encoder (arXiv 2304.08069, section 4.2): attention within the coarsest level, convolutions between levels.
 
 Every convolution has a norm over groups of channels of the cells within the picture, where the paper has batch norms:
-what is found in a picture depends neither on what another picture shows nor on its size. N pictures, C channels;
-`inside`: (N, h, w) bool, the cells of a level that lie in a picture.
+what is found in a picture depends neither on what another picture shows nor on its size. N pictures, C channels, Q
+queries, H heads; `inside`: (N, h, w) bool, the cells of a level that lie in a picture.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdovd.config.detector import GROUPS_OF_NORM, HybridEncoderConfig
-from hdovd.modeling.rtdetr.attention import Attention, feed_forward, initialise
 
 TINY = 1e-5  # added to variances; as torch's GroupNorm
 
@@ -84,6 +83,28 @@ class Fusion(nn.Module):
         return fused
 
 
+class Attention(nn.Module):
+    """Self-attention; queries and keys are made of contents with their positions, values of contents alone. The softmax
+    is float32, under autocast too.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.queries_and_keys, self.values = nn.Linear(channels, 2 * channels), nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels)
+        initialise(self)
+
+    def forward(self, content: Tensor, position: Tensor, bias: Tensor) -> Tensor:
+        """(N, Q, C) twice -> (N, Q, C). `bias`: (N, H or 1, Q or 1, Q), added to logits: -inf where a row looks not."""
+        placed = self.queries_and_keys(content + position).unflatten(-1, (2, self.heads, -1))
+        q, k = placed.permute(2, 0, 3, 1, 4).unbind(0)
+        v = self.values(content).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        logits = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float() + bias
+        out: Tensor = self.out((logits.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        return out
+
+
 class LevelAttention(nn.Module):
     """A transformer's encoder layer over the cells of a level."""
 
@@ -147,3 +168,16 @@ def cell_positions(pixels: Tensor) -> Tensor:
     y, x = (torch.cat([phase.sin(), phase.cos()], dim=1) for phase in (down, across))
     rows, columns = y[:, None] + torch.zeros_like(x)[None], torch.zeros_like(y)[:, None] + x[None]
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)
+
+
+def feed_forward(channels: int, hidden: int, activation: type[nn.Module], out: int | None = None) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, hidden), activation(), nn.Linear(hidden, out or channels))
+
+
+def initialise(module: nn.Module) -> None:
+    """Xavier for weights, zero for biases; norms as they are."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

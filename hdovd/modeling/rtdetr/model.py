@@ -19,8 +19,7 @@ from hdovd.modeling.distributed import divisor
 from hdovd.modeling.queries.detector import ForwardOutput, QueryDetector, Step
 from hdovd.modeling.queries.pairs import Pairs, StepBoxes
 from hdovd.modeling.rtdetr.decoder import Extra, Network, logit
-from hdovd.modeling.rtdetr.denoising import Noised, noised
-from hdovd.modeling.rtdetr.losses import box_rows, candidate_losses, varifocal_rows
+from hdovd.modeling.rtdetr.losses import Noised, box_rows, candidate_losses, noised, varifocal_rows
 
 SELECTION = ("selection_objectness", "selection_box", "selection_giou")
 DENOISING = ("denoising_classification", "denoising_objectness", "denoising_box", "denoising_giou")
@@ -42,7 +41,7 @@ class RTDETR(QueryDetector):
     """
 
     training_parts = ("denoising.", "instance_level.", "text_level.", "image_level.", "extra.")
-    exportable = "hdovd.modeling.export.rtdetr:ExportableRTDETR"
+    exportable = "hdovd.modeling.export.detectors:ExportableRTDETR"
     config: RTDETRConfig
 
     def __init__(self, recipe: Recipe, dim: int, initialise: bool = True) -> None:
