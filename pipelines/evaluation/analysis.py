@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.core.errors import HdovdError
-from hdovd.core.json_stream import JsonStream
-from hdovd.core.text_files import cut, read_json, shown
+from hdovd.core.text_files import JsonStream, cut, read_json, shown
 from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split, is_finite
 from hdovd.data.protocol import Protocol, group_labels, groups_of, load_protocol
 from hdovd.evaluation.coco import GroundTruth, found_of

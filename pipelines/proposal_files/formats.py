@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.core.errors import HdovdError
-from hdovd.core.json_stream import JsonStream
-from hdovd.core.text_files import cut, shown
+from hdovd.core.text_files import JsonStream, cut, shown
 from hdovd.data.coco import whole
 from hdovd.pipelines.proposal_files.options import ListOrder
 from hdovd.pipelines.proposal_files.safe_pickle import load_arrays
