@@ -13,7 +13,7 @@ from torchvision.ops import sigmoid_focal_loss
 from hdovd.config.detector import StageLossConfig
 from hdovd.modeling.boxes import overlap
 from hdovd.modeling.distributed import counts_of_ranks, gather_rows, rank
-from hdovd.modeling.losses.classwise import cosine_logits, with_one_background
+from hdovd.modeling.losses.classwise import class_probability, cosine_logits
 from hdovd.modeling.queries.pairs import Pairs, StepBoxes
 
 
@@ -60,8 +60,7 @@ def query_scores(
     Returns:
         Probabilities (Q, K + 1), the last of the background; and (Q, K), or None.
     """
-    logits = cosine_logits(c, torch.cat([texts, backgrounds]), logit_scale)
-    first = with_one_background(logits, len(backgrounds)).softmax(dim=1)
+    first = class_probability(c, texts, backgrounds, logit_scale)
     return first, None if d is None else cosine_logits(d, texts, distillation_scale).softmax(dim=1)
 
 
@@ -72,6 +71,9 @@ def with_objectness(first: Tensor, second: Tensor | None, objectness: Tensor) ->
     share = objectness[:, None]
     classes = first[:, :-1] * share
     return torch.cat([classes, 1 - classes.sum(dim=1, keepdim=True)], dim=1), None if second is None else second * share
+
+
+# --- what trains queries ---
 
 
 def query_weights(pairs: Pairs, boxes: StepBoxes, config: StageLossConfig) -> Tensor:
