@@ -9,6 +9,7 @@ N images, M boxes of each, R RoIs, C classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ class BoxCoder(_utils.BoxCoder):
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         """(n, 4) boxes and (n, 4) anchors, both xyxy -> (n, 4) offsets."""
         weights = torch.tensor(self.weights, dtype=reference_boxes.dtype).to(reference_boxes.device, non_blocking=True)
-        offsets: Tensor = _utils.encode_boxes(reference_boxes, proposals, weights)
-        return offsets
+        return cast(Tensor, _utils.encode_boxes(reference_boxes, proposals, weights))
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """(n, 4) offsets and (n, 4) anchors -> (n, 4) boxes."""
@@ -94,13 +94,9 @@ def nms_of_images(boxes: Tensor, scores: Tensor, threshold: float, groups: Seque
         )
     if boxes.device.type == "cpu":
         return batched_nms(boxes.flatten(0, 1).double(), scores.flatten().double(), part.flatten(), threshold)  # type: ignore[no-any-return]
-    kept, at_once = [], max(1, MOST_AT_ONCE // max(1, count))
-    for first in range(0, images, at_once):
-        some = slice(first, first + at_once)
-        kept.append(
-            _nms_apart(boxes[some].flatten(0, 1), scores[some].flatten(), part[some].flatten(), threshold)
-            + first * count
-        )
+    at_once = max(1, MOST_AT_ONCE // max(1, count))
+    some = zip(range(0, images, at_once), *(rows.split(at_once) for rows in (boxes, scores, part)), strict=True)
+    kept = [_nms_apart(b.flatten(0, 1), s.flatten(), p.flatten(), threshold) + first * count for first, b, s, p in some]
     return torch.cat(kept)
 
 
@@ -111,8 +107,7 @@ def _nms_apart(boxes: Tensor, scores: Tensor, part: Tensor, threshold: float) ->
     if not len(boxes):
         return part
     exact = boxes.double()
-    kept: Tensor = nms(exact + part[:, None] * (exact.amax() - exact.amin() + 1), scores.double(), threshold)
-    return kept
+    return cast(Tensor, nms(exact + part[:, None] * (exact.amax() - exact.amin() + 1), scores.double(), threshold))
 
 
 def best_places(scores: Tensor, most: int) -> Tensor:

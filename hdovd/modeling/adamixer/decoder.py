@@ -9,6 +9,8 @@ object. N pictures, Q queries of each (M of a batch), C channels in G groups, P 
 out, L levels, D embedding size.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from hdovd.config.detector import DecoderConfig
 from hdovd.modeling.boxes import covered
 from hdovd.modeling.queries.detector import RARE, QueryStage
+
+# --- boxes, and features sampled at points ---
 
 
 def to_xyzr(boxes: Tensor) -> Tensor:
@@ -119,6 +123,9 @@ class SamplingTable:
         return whole, cell - whole
 
 
+# --- the stage ---
+
+
 class AdaptiveMixing(nn.Module):
     def __init__(self, channels: int, groups: int, points: int, out_points: int) -> None:
         super().__init__()
@@ -136,8 +143,7 @@ class AdaptiveMixing(nn.Module):
         values = torch.bmm(
             of_points.unflatten(1, (self.out_points, self.points)), _normalised(values, self.points, self.width)
         )
-        mixed: Tensor = self.out(_normalised(values, self.out_points, self.width).view(-1, self.out.in_features))
-        return mixed
+        return cast(Tensor, self.out(_normalised(values, self.out_points, self.width).view(-1, self.out.in_features)))
 
 
 def _normalised(values: Tensor, points: int, width: int) -> Tensor:
@@ -234,8 +240,7 @@ class BoxAttention(nn.Module):
         q, k, v = self.in_proj(queries).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         shares = torch.addcmul(logits.float(), log_iof[:, None], self.iof_tau.view(-1, 1, 1)).softmax(dim=-1)
-        out: Tensor = self.out_proj((shares.to(v.dtype) @ v).transpose(1, 2).flatten(2))
-        return out
+        return cast(Tensor, self.out_proj((shares.to(v.dtype) @ v).transpose(1, 2).flatten(2)))
 
 
 def positional_code(xyzr: Tensor, channels: int) -> Tensor:

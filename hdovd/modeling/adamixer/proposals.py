@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hdovd.config.detector import GROUPS_OF_NORM, QueryProposalsConfig
 from hdovd.modeling.adamixer.decoder import SamplingTable, to_xyzr
 from hdovd.modeling.batching import SIZE_DIVISOR
-from hdovd.modeling.boxes import nms_of_images, overlap
+from hdovd.modeling.boxes import best_places, nms_of_images, overlap
 from hdovd.modeling.distributed import divisor
 from hdovd.modeling.queries.pairs import NONE, Candidates
 
@@ -108,21 +108,14 @@ class QueryProposals(nn.Module):
         from there.
         """
         chosen, first = [], 0
-        for count in positions_of_levels:
-            best = (
-                dense.probability[:, first : first + count]
-                .sort(dim=1, descending=True, stable=True)
-                .indices[:, : self.config.pre_nms]
-            )
-            chosen.append(best + first)
-            first += count
+        for own in dense.probability.split(positions_of_levels, dim=1):
+            chosen.append(best_places(own, self.config.pre_nms) + first)
+            first += own.shape[1]
         index = torch.cat(chosen, dim=1)
         probability = dense.probability.gather(1, index)
         boxes = dense.boxes.gather(1, index[..., None].expand(-1, -1, 4))
         kept = nms_of_images(boxes.detach(), probability.detach(), self.config.nms)
-        distinct = (
-            torch.zeros(index.numel(), dtype=torch.bool, device=index.device).index_fill(0, kept, True).view_as(index)
-        )
+        distinct = torch.zeros_like(index, dtype=torch.bool).flatten().index_fill(0, kept, True).view_as(index)
         return Candidates(probability, boxes, distinct & (probability > 0))
 
     @torch.no_grad()
@@ -133,11 +126,7 @@ class QueryProposals(nn.Module):
         pictures of a batch have as many; Q is less than `queries` only where there are fewer candidates of either kind.
         (The released code stops.)
         """
-        order = (
-            by_rank(candidates.probability, candidates.distinct)
-            .sort(dim=1, descending=True, stable=True)
-            .indices[:, :queries]
-        )
+        order = best_places(by_rank(candidates.probability, candidates.distinct), queries)
         return candidates.boxes.gather(1, order[..., None].expand(-1, -1, 4))
 
     def content(self, table: SamplingTable, boxes: Tensor) -> Tensor:
@@ -180,6 +169,8 @@ def _resized(maps: Tensor, size: torch.Size) -> Tensor:
     return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=True)
 
 
+# --- what trains both heads ---
+
 SMALL = 1e-7  # added to what a quality is divided by; released code. It is felt where p * IoU^6 is as small
 LEAST_INSIDE = 0.01  # pixels between a positive position and each side of its box; released code
 
@@ -207,15 +198,7 @@ def main_losses(
     aligned = found.probability.detach().gather(1, row) * iou.detach() ** config.iou_power
     quality = torch.where(is_paired, aligned / (aligned + SMALL) * iou.detach(), 0.0)
     counted = found.distinct & is_object.any(dim=1, keepdim=True)
-    wanted = _scattered(found.probability, torch.where(is_paired, row, found.probability.shape[1]), quality)
-    positive = (
-        _scattered(found.probability, torch.where(is_paired, row, found.probability.shape[1]), is_paired.float()) > 0
-    )
-    rows = quality_focal_rows(found.probability, wanted, positive)
-    count = divisor(quality.sum())
-    return config.class_weight * (rows * counted).sum() / count, config.box_weight * (
-        quality * (1 - giou)
-    ).sum() / count
+    return _quality_losses(found.probability, counted, row, is_paired, quality, giou, config)
 
 
 def auxiliary_losses(
@@ -233,17 +216,10 @@ def auxiliary_losses(
         objects: (N, H, 4). is_object: (N, H) bool.
     """
     best, quality = aligned_positions(dense, centres, valid, objects, is_object, config)
-    positions = dense.probability.shape[1]
-    slot = torch.where(quality > NONE, best, positions).flatten(1)  # of a position that is no box's: one past the last
-    wanted = _scattered(dense.probability, slot, quality.clamp(min=0).flatten(1))
-    positive = _scattered(dense.probability, slot, (quality > NONE).float().flatten(1)) > 0
     counted = valid & is_object.any(dim=1, keepdim=True)
-    rows = quality_focal_rows(dense.probability, wanted, positive)
     index = best.flatten(1)[..., None].expand(-1, -1, 4)
     _, giou = overlap(dense.boxes.gather(1, index).unflatten(1, best.shape[1:]), objects[:, None])
-    weight = quality.clamp(min=0)
-    count = divisor(weight.sum())
-    return config.class_weight * (rows * counted).sum() / count, config.box_weight * (weight * (1 - giou)).sum() / count
+    return _quality_losses(dense.probability, counted, best, quality > NONE, quality.clamp(min=0), giou, config)
 
 
 @torch.no_grad()
@@ -298,6 +274,28 @@ def valid_positions(shapes: Sequence[torch.Size], strides: Sequence[int], sizes:
     alone = (sizes / SIZE_DIVISOR).ceil().flip(-1) * SIZE_DIVISOR
     within = (centres - stride[:, None] / 2 < alone[:, None]).all(dim=-1)
     return centres, within & (stride < sizes.amin(dim=1, keepdim=True) + 1)
+
+
+def _quality_losses(
+    probability: Tensor,
+    counted: Tensor,
+    place: Tensor,
+    positive: Tensor,
+    quality: Tensor,
+    giou: Tensor,
+    config: QueryProposalsConfig,
+) -> tuple[Tensor, Tensor]:
+    """Weighted class and box loss, both divided by the sum of qualities.
+
+    Args:
+        probability: (N, X). counted: (N, X) bool. place: (N, ...) where boxes are found; positive: (N, ...) bool, where
+        they are; quality, giou: (N, ...) of those.
+    """
+    slot = torch.where(positive, place, probability.shape[1]).flatten(1)  # where there is no box: one past the last
+    wanted = _scattered(probability, slot, quality.flatten(1))
+    is_positive = _scattered(probability, slot, positive.float().flatten(1)) > 0
+    rows, count = quality_focal_rows(probability, wanted, is_positive) * counted, divisor(quality.sum())
+    return config.class_weight * rows.sum() / count, config.box_weight * (quality * (1 - giou)).sum() / count
 
 
 def _scattered(like: Tensor, slot: Tensor, values: Tensor) -> Tensor:

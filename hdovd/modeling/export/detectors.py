@@ -1,12 +1,12 @@
 """The detector as one function of tensors alone, from a picture to detections, that torch can trace.
 
-It is `Detector.predict` and `boxes.detect` over the same weights, written so that a trace keeps what depends on
-the data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it. R RoIs
-or queries, C classes, D embedding size.
+It is `Detector.predict` and `boxes.detect` over the same weights, written so that a trace keeps what depends on the
+data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it.
+`traceable` is the way in. R RoIs or queries, C classes, D embedding size.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,7 @@ class ExportableDetector(nn.Module):
             image: (3, h, w) uint8 RGB, of any size.
             texts: (C, D) float32 text embeddings of the classes asked for, of any length.
             is_novel: (C,) bool: classes that were not annotated in training (METHOD section 7). Without effect on a
-            model that
-                has one score alone.
+                model that has one score alone.
 
         Returns:
             Best first: boxes (n, 4) xyxy pixels of `image`, scores (n,), labels (n,) int64, rows of `texts`.
@@ -376,8 +375,8 @@ class ExportableRTDETR(ExportableQueries):
         """The last stage's queries, of one picture or of all."""
         pixels, size, factor = self.prepare(image if image.dim() == 4 else image[None])
         whole = torch._shape_as_tensor(pixels)[2:].to(pixels)
-        maps = list(self.backbone(pixels).values())
-        found = self.network(maps, size.to(pixels).expand(pixels.shape[0], -1), whole, self.object_text)
+        sizes = size.to(pixels).expand(pixels.shape[0], -1)
+        found = self.network(self.backbone(pixels), sizes, whole, self.object_text)
         content = found.contents[-1].flatten(0, 1)
         boxes = found.boxes[-1].flatten(0, 1) / torch.cat([factor.flip(0), factor.flip(0)]).to(pixels)
         return self.found(content, boxes, self.last.object_logits(content).sigmoid())
@@ -387,8 +386,7 @@ def traceable(detector: Detector) -> nn.Module:
     """The detector as a module over (image, texts, is_novel), in eval mode: one that torch can trace, if it has one."""
     if detector.exportable is None:
         return _OnePicture(detector)
-    module: nn.Module = resolve(detector.exportable, "the detector's exportable")(detector)
-    return module
+    return cast(nn.Module, resolve(detector.exportable, "the detector's exportable")(detector))
 
 
 class _OnePicture(nn.Module):

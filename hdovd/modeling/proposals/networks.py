@@ -94,6 +94,8 @@ class ObjectnessNetwork(ProposalNetwork):
         return self.rpn.scored_proposals(batch, features)
 
 
+# --- the object localisation network ---
+
 _CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 _SCORE, _BOX = 1, 2  # what a sampled anchor learns: a sum of these
 

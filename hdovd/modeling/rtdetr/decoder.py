@@ -9,6 +9,7 @@ levels, C channels in H heads, L levels, P points of a head at each level, G poi
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from hdovd.config.detector import RTDETRConfig
 from hdovd.modeling.boxes import best_places, covered
-from hdovd.modeling.queries.detector import RARE, QueryStage
+from hdovd.modeling.queries.detector import RARE, ForwardOutput, QueryStage
 from hdovd.modeling.queries.pairs import Candidates
 from hdovd.modeling.rtdetr.encoder import Attention, HybridEncoder, feed_forward, initialise
 
@@ -35,19 +36,6 @@ class Extra:
     content: Tensor
     logits: Tensor
     seen: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Refined:
-    """maps: (N, C, h, w) of the encoder. contents: (N, Q + M, C) and boxes: (N, Q + M, 4) xyxy pixels after each stage.
-    deltas: (N, Q, 4) that the last stage added to logits.
-    """
-
-    maps: list[Tensor]
-    candidates: Candidates
-    contents: list[Tensor]
-    boxes: list[Tensor]
-    deltas: Tensor
 
 
 class Selection(nn.Module):
@@ -129,8 +117,7 @@ class DeformableAttention(nn.Module):
             values = values.unflatten(1, (heads, -1)).flatten(0, 1)
             sampled.append(F.grid_sample(values, grid[level], align_corners=False))  # (N H, C / H, Q, P)
         found = (torch.cat(sampled, dim=-1) * weights[:, None]).sum(dim=-1)
-        out: Tensor = self.out(found.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2))
-        return out
+        return cast(Tensor, self.out(found.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2)))
 
 
 class GridSampling(nn.Module):
@@ -155,8 +142,7 @@ class GridSampling(nn.Module):
         for values, pixels, within in zip(self.values, maps, inside, strict=True):
             level = values(pixels).float() * within[:, None]
             found = found + F.grid_sample(level, grid, align_corners=False)  # (N, C / 2, Q, G)
-        out: Tensor = self.out(found.permute(0, 2, 3, 1).flatten(2))
-        return out
+        return cast(Tensor, self.out(found.permute(0, 2, 3, 1).flatten(2)))
 
 
 class Stage(QueryStage):
@@ -209,8 +195,7 @@ class Stage(QueryStage):
         if self.grid is not None:
             sampled = sampled + self.grid(boxes, maps, inside)
         content = self.sampling_norm(content + sampled)
-        refined: Tensor = self.feedforward_norm(content + self.feedforward(content))
-        return refined
+        return cast(Tensor, self.feedforward_norm(content + self.feedforward(content)))
 
 
 class Network(nn.Module):
@@ -228,14 +213,16 @@ class Network(nn.Module):
         self.stages = nn.ModuleList(Stage(config, dim) for _ in range(config.decoder.stages))
 
     def forward(
-        self, maps: list[Tensor], sizes: Tensor, whole: Tensor, object_text: Tensor, extra: Extra | None = None
-    ) -> Refined:
-        """Refine queries.
+        self, levels: dict[str, Tensor], sizes: Tensor, whole: Tensor, object_text: Tensor, extra: Extra | None = None
+    ) -> ForwardOutput:
+        """Refine queries: features of the encoder; contents (N, Q + M, C) and boxes (N, Q + M, 4) after each stage;
+        deltas (N, Q, 4) that the last stage added to logits.
 
         Args:
-            maps: (N, width, h, w) of the backbone. sizes: (N, 2) height and width of each picture. whole: (2,) those of
-            the padded batch. object_text: (D,) the embedding of "object".
+            levels: (N, width, h, w) of the backbone, by level name. sizes: (N, 2) height and width of each picture.
+            whole: (2,) those of the padded batch. object_text: (D,) the embedding of "object".
         """
+        maps = list(levels.values())
         inside, anchors = zip(*(cells_of(m, s, sizes) for m, s in zip(maps, self.strides, strict=True)), strict=True)
         maps = self.encoder(maps, inside)
         content, logits, probability, within = self.selection(
@@ -262,7 +249,8 @@ class Network(nn.Module):
             before = logits + deltas  # (arXiv 2203.03605, section 3.5)
             logits = before.detach()
         candidates = Candidates(probability, to_pixels(chosen.sigmoid(), sizes), within)
-        return Refined(maps, candidates, contents, boxes, deltas[:, : chosen.shape[1]])
+        features = dict(zip(levels, maps, strict=True))
+        return ForwardOutput(features, candidates, contents, boxes, deltas[:, : chosen.shape[1]])
 
 
 def box_branch(channels: int) -> nn.Sequential:

@@ -6,6 +6,7 @@ queries, H heads; `inside`: (N, h, w) bool, the cells of a level that lie in a p
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,7 @@ class PictureNorm(nn.Module):
         """(N, C): of each channel the mean of its group over cells (N, h w, 1) that are 1."""
         of_channel = (pixels.flatten(2) @ cells)[..., 0] / cells.sum(dim=1)
         of_group = of_channel.view(-1, self.groups, self.of_group).mean(dim=2, keepdim=True)
-        of_its_channels: Tensor = of_group.expand(-1, -1, self.of_group).flatten(1)
-        return of_its_channels
+        return of_group.expand(-1, -1, self.of_group).flatten(1)
 
 
 class Convolution(nn.Module):
@@ -79,8 +79,7 @@ class Fusion(nn.Module):
         both = deep = torch.cat([one, two], dim=1)
         for block in self.deep:
             deep = block(deep, inside)
-        fused: Tensor = self.out(deep + self.flat(both, inside), inside)
-        return fused
+        return cast(Tensor, self.out(deep + self.flat(both, inside), inside))
 
 
 class Attention(nn.Module):
@@ -101,8 +100,7 @@ class Attention(nn.Module):
         q, k = placed.permute(2, 0, 3, 1, 4).unbind(0)
         v = self.values(content).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         logits = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float() + bias
-        out: Tensor = self.out((logits.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
-        return out
+        return cast(Tensor, self.out((logits.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)))
 
 
 class LevelAttention(nn.Module):
@@ -122,8 +120,7 @@ class LevelAttention(nn.Module):
         bias = torch.where(inside.flatten(1)[:, None, None], 0.0, -torch.inf)
         cells = self.attention_norm(cells + self.attention(cells, position, bias))
         cells = self.feedforward_norm(cells + self.feedforward(cells))
-        out: Tensor = cells.transpose(1, 2).unflatten(2, pixels.shape[-2:])
-        return out
+        return cast(Tensor, cells.transpose(1, 2).unflatten(2, pixels.shape[-2:]))
 
 
 class HybridEncoder(nn.Module):

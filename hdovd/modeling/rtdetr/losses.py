@@ -59,6 +59,8 @@ def candidate_losses(found: Candidates, boxes: StepBoxes, paired: Tensor, count:
     return [rows.sum() / count, (far * is_paired).sum() / count, (apart * is_paired).sum() / count]
 
 
+# --- denoising ---
+
 CHOSEN, NOBODY = -1, -2  # groups: of the chosen queries, of slots that hold no box
 
 

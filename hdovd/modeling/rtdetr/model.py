@@ -70,10 +70,10 @@ class RTDETR(QueryDetector):
         slots = None if step is None or self.denoising is None else noised(step, self.config.denoising)
         queries = min(queries, sum(m.shape[2] * m.shape[3] for m in maps.values()))
         extra = None if slots is None or step is None else self._extra(slots, step, queries)
-        found = self.network(list(maps.values()), sizes, whole, self.object_text, extra)
+        found = self.network(maps, sizes, whole, self.object_text, extra)
         denoised = [(c[:, queries:], b[:, queries:]) for c, b in zip(found.contents, found.boxes, strict=True)]
         return RTDETROutput(
-            dict(zip(maps, found.maps, strict=True)),
+            found.features,
             found.candidates,
             [content[:, :queries] for content in found.contents],
             [boxes[:, :queries] for boxes in found.boxes],
