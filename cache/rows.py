@@ -5,7 +5,7 @@ import math
 import mmap
 import resource
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any
@@ -54,6 +54,11 @@ class Rows(ABC):
         self._product, self._name, self._part_rows = product, name, product.part_rows
         self._known = mmap.mmap(-1, max(1, product.parts))  # forked processes share it
         self._known[:] = bytes([not checked]) * len(self._known)
+        self._open(array, range(product.parts) if parts is None else sorted(parts))
+
+    @abstractmethod
+    def _open(self, array: zarr.Array[Any], parts: Sequence[int]) -> None:
+        """Make ready to read these parts of the array."""
 
     def __reduce__(self) -> Any:
         return partial(open_rows, mapped=self.mapped, **self._opened_from), ()
@@ -112,20 +117,10 @@ class MappedRows(Rows):
     Safe after fork and spawn: a map is shared by processes, and a copy of this object opens its own.
     """
 
-    def __init__(
-        self,
-        product: Product,
-        name: str,
-        array: zarr.Array[Any],
-        parts: Collection[int] | None = None,
-        *,
-        checked: bool = False,
-    ) -> None:
-        super().__init__(product, name, array, parts, checked=checked)
-        _require_plain(product, array)
-        wanted = range(product.parts) if parts is None else sorted(parts)
-        _allow_open_files(len(wanted))
-        self._shards = {part: _map_shard(product, product.row_objects(part)[name], array, part) for part in wanted}
+    def _open(self, array: zarr.Array[Any], parts: Sequence[int]) -> None:
+        _require_plain(self._product, array)
+        _allow_open_files(len(parts))
+        self._shards = {part: _map_shard(self._product, self._name, array, part) for part in parts}
         self._no_rows = np.zeros((0, *array.shape[1:]), array.dtype)
         self._ahead = READS_AHEAD  # reads that are still to be asked for ahead
 
@@ -174,23 +169,14 @@ class ZarrRows(Rows):
 
     mapped = False
 
-    def __init__(
-        self,
-        product: Product,
-        name: str,
-        array: zarr.Array[Any],
-        parts: Collection[int] | None = None,
-        *,
-        checked: bool = False,
-    ) -> None:
-        super().__init__(product, name, array, parts, checked=checked)
+    def _open(self, array: zarr.Array[Any], parts: Sequence[int]) -> None:
         self._array = array
         # Whole chunks of one part: the next part may be missing.
-        self._chunk = array.chunks[0] * math.gcd(CHUNKS_AT_ONCE, product.part_rows // array.chunks[0])
+        self._chunk = array.chunks[0] * math.gcd(CHUNKS_AT_ONCE, self._part_rows // array.chunks[0])
         per_chunk = max(1, self._chunk * int(np.prod(array.shape[1:], dtype=int)) * array.dtype.itemsize)
         self._most = max(4, LRU_BYTES // per_chunk)
         self._decoded = lru_cache(self._most)(self._decode)
-        _check_objects(product, name, array, range(product.parts) if parts is None else parts)
+        _check_objects(self._product, self._name, array, parts)
 
     @property
     def reads_best_in_blocks(self) -> bool:
@@ -212,7 +198,7 @@ class ZarrRows(Rows):
         return decoded(self._array, slice(start, start + self._chunk))
 
 
-def _check_objects(product: Product, name: str, array: zarr.Array[Any], parts: Collection[int]) -> None:
+def _check_objects(product: Product, name: str, array: zarr.Array[Any], parts: Sequence[int]) -> None:
     """Raise HdovdError if an object of these parts is not there, now and not in the midst of a training run."""
     listed = product.folder.sizes(f"{product.prefix}/{name}")
     rows, rest = (array.shards or array.chunks)[0], (0,) * (array.ndim - 1)
@@ -264,7 +250,7 @@ def _is_plain(sharding: ShardingCodec) -> bool:
 
 def _map_shard(product: Product, name: str, array: zarr.Array[Any], part: int) -> tuple[mmap.mmap, np.ndarray]:
     """One shard's map, and its rows in it; the index must say that the chunks follow one another from byte 0."""
-    path = product.folder.path(f"{product.prefix}/{name}")
+    path = product.folder.path(f"{product.prefix}/{product.row_objects(part)[name]}")
     assert path is not None and array.shards is not None  # noqa: PT018
     start, stop = product.rows_of(part)
     chunk_rows, shard_rows = array.chunks[0], array.shards[0]

@@ -34,11 +34,11 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -355,12 +355,11 @@ class TarShards:
 
         url, places = self._url(number), self.meta.places_of(number)
         ids, place = self.meta.tensors["image_id"], places.start
-        with _reading(url), ExitStack() as opened:
+        with _reading(url), _open(self._folder, _name(number, "tar")) as stream:
             record = _parse(self._folder.read(_name(number, "json")))
             sums = record.get("crc32")
             if not isinstance(sums, list) or len(sums) != len(places):
                 sums, verify = None, True
-            stream = opened.enter_context(_open(self._folder, _name(number, "tar")))
             measured = _Measured(stream) if verify else stream
             for sample in group_by_keys(tar_file_expander([{"url": url, "stream": measured}])):
                 expected = key_of_image(int(ids[place])) if place < places.stop else "no more"
@@ -551,5 +550,4 @@ def _open(folder: Folder, name: str) -> IO[bytes]:
     from fsspec.core import url_to_fs
 
     system, where = url_to_fs(f"{folder.url}/{name}", use_listings_cache=False)
-    stream: IO[bytes] = system.open(where, "rb", block_size=STREAM_BLOCK)
-    return stream
+    return cast(IO[bytes], system.open(where, "rb", block_size=STREAM_BLOCK))

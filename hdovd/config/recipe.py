@@ -10,8 +10,23 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hdovd.config.backbone import AUTO, PRESETS as PRESETS, Auto, Count, Finite, NonNegative, Positive, Section, Share
-from hdovd.config.detector import FORMS, DetectorConfig, FasterRCNNConfig
+from hdovd.config.detector import (
+    AUTO,
+    BACKBONES,
+    DETECTORS,
+    FORMS,
+    LIBRARIES,
+    PRESETS as PRESETS,
+    Auto,
+    Count,
+    DetectorConfig,
+    FasterRCNNConfig,
+    Finite,
+    NonNegative,
+    Positive,
+    Section,
+    Share,
+)
 from hdovd.core.errors import HdovdError
 from hdovd.core.text_files import cut, parse_toml, read_shipped, shipped, shown
 
@@ -117,8 +132,8 @@ class InferenceConfig(Section):
 
 
 class ProposalsConfig(Section):
-    """The networks of `hdovd propose` (`oln`, `proposer`). With defaults, unlike the rest: recipes kept before it was
-    there still load.
+    """The networks of `hdovd propose` (`modeling.proposals`). With defaults, unlike the rest: recipes kept before it
+    was there still load.
 
     The defaults are those of the authors' configuration of OLN (oln_box.py), but `roi_iou`, which is the paper's.
     """
@@ -242,6 +257,19 @@ def build_recipe(tree: dict[str, Any], origin: str) -> Recipe:
         lines = [f"  {_explain(dict(e))}" for e in error.errors()[:_MOST_ERRORS]]
         more = error.error_count() - len(lines)
         raise HdovdError(f"recipe {origin}:\n" + "\n".join(lines) + (f"\n  and {more} more" if more else "")) from error
+
+
+def outside_code(recipe: Recipe) -> dict[str, str]:
+    """What a recipe names that is not part of hdovd and runs when its detector is built: values by dotted key.
+
+    Importing a module runs it, so a recipe is to be trusted like code.
+    """
+    detector, body = recipe.detector.name, recipe.detector.backbone.name
+    named = {} if detector in DETECTORS else {"detector.name": detector}
+    library, _, model = body.partition(":")
+    if body not in BACKBONES and (library not in LIBRARIES or ":" in model):  # timm:hf-hub:... is fetched
+        named["detector.backbone.name"] = body
+    return named | {f"loss.extra.{name}.use": extra.use for name, extra in recipe.loss.extra.items()}
 
 
 def _apply(tree: dict[str, Any], setting: str) -> None:

@@ -49,13 +49,10 @@ def counted(count: int, one: str, many: str = "") -> str:
     return f"{count:,d} {one if count == 1 else many or one + 's'}"
 
 
-def system_reason(error: OSError, file: Path | None = None) -> str:
-    """Why the system refused a file (`error`'s own if None): with mode and owner where a right is missing, and with
-    what to do.
-    """
-    name = file if file is not None else error.filename
-    if name is not None and error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-        path = Path(os.fsdecode(name)).absolute()
+def system_reason(error: OSError) -> str:
+    """Why the system refused a file: with mode and owner where a right is missing, and with what to do."""
+    if error.filename is not None and error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        path = Path(os.fsdecode(error.filename)).absolute()
         place = next((one for one in (path, *path.parents) if os.path.lexists(one)), path)
         return (
             _missing_right(place)

@@ -18,9 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.json_stream import JsonStream
 from hdovd.core.log import log
-from hdovd.core.text_files import LONGEST_PATH, checked_name, shown
+from hdovd.core.text_files import LONGEST_PATH, JsonStream, checked_name, shown
 from hdovd.data.forms.base import AUTO, COCO, Form, find_form
 from hdovd.data.protocol import Protocol
 

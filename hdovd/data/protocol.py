@@ -1,17 +1,23 @@
-"""Which classes are base and which are novel, and how AP is counted (METHOD section 1).
+"""Which classes are base and which are novel, how AP is counted (METHOD section 1), and the groups of classes that
+every metric is stated for.
 
 A protocol is a small TOML file: `name`, `base`, `novel`, and optionally `min_image_side_px`, `max_detections`,
 `keep_empty_train`, `keep_empty_val`, `federated`, `metric` and `groups`. `ov-coco` and `ov-lvis` ship with the package.
 Category order is base 0..Kb-1, then novel.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.text_files import checked_name, cut, read_shipped, shipped, shown
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class Protocol:
         """All class names, base before novel: the label of a class is its place here."""
         return self.base + self.novel
 
-    def all_base(self) -> "Protocol":
+    def all_base(self) -> Protocol:
         """The same classes by the same labels, none of them novel: what an oracle is trained on."""
         return replace(self, base=self.names, novel=())
 
@@ -138,3 +144,37 @@ def _groups(given: Any, names: list[str]) -> dict[str, tuple[str, ...]]:
         if len(set(own)) < len(own):
             raise HdovdError(f"groups: {cut(group)} names a class twice")
     return {group: tuple(own) for group, own in given.items()}
+
+
+# --- groups of classes ---
+
+
+def groups_of(protocol: Protocol) -> tuple[str, ...]:
+    """All groups: novel, base, all, and the protocol's own."""
+    return (*GROUPS, *protocol.groups)
+
+
+def shown_groups(protocol: Protocol) -> tuple[str, ...]:
+    """Those that tables show: the protocol's own and all, or novel, base and all."""
+    return (*protocol.groups, "all") if protocol.groups else GROUPS
+
+
+def group_of(label: int, protocol: Protocol) -> str:
+    """The group of a class: "base" or "novel"."""
+    return "base" if label < len(protocol.base) else "novel"
+
+
+def group_labels(protocol: Protocol, group: str) -> list[int]:
+    """The labels of the classes of a group, in ascending order."""
+    base, every = len(protocol.base), len(protocol.names)
+    if group in protocol.groups:
+        members = set(protocol.groups[group])
+        return [label for label, name in enumerate(protocol.names) if name in members]
+    return list(range(base * (group == "novel"), base if group == "base" else every))
+
+
+def group_mean(values: np.ndarray, protocol: Protocol, group: str) -> float | None:
+    """Mean of values (K,) over the classes of a group, without those that are NaN; None if none is left."""
+    counted = values[group_labels(protocol, group)]
+    counted = counted[counted == counted]
+    return float(counted.mean()) if len(counted) else None

@@ -20,9 +20,8 @@ import numpy as np
 
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import Instances, clip_box, read_instances
-from hdovd.data.protocol import Protocol
+from hdovd.data.protocol import Protocol, group_mean, groups_of
 from hdovd.evaluation.engines import Engine, classes
-from hdovd.evaluation.groups import group_mean, groups_of
 from hdovd.evaluation.matching import Found, Judged, Objects, counted
 
 

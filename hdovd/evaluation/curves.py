@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.data.protocol import Protocol
-from hdovd.evaluation.groups import group_labels, group_of, groups_of
+from hdovd.data.protocol import Protocol, group_labels, group_of, groups_of
 from hdovd.evaluation.matching import Found, Matching, Objects, Overlaps, Verdict, counted, take
 
 # --- precision at 101 recalls, as COCOeval counts it at IoU 0.5: its mean is AP50 ---

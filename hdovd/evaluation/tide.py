@@ -42,9 +42,8 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.data.protocol import Protocol
+from hdovd.data.protocol import Protocol, group_labels, group_mean, groups_of
 from hdovd.evaluation.curves import curves_of
-from hdovd.evaluation.groups import group_labels, group_mean, groups_of
 from hdovd.evaluation.matching import IOU, Found, Matching, Objects, Overlaps, Verdict, find_overlaps, match, ranking
 
 

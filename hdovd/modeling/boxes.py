@@ -1,4 +1,5 @@
-"""Boxes after the network: offsets to corners and back, NMS of a batch, and detections from scores (METHOD section 7).
+"""Boxes after the network: offsets to corners and back, how far they overlap, NMS of a batch, and detections from
+scores (METHOD section 7).
 
 The coder is torchvision's, except that no number is copied to the device: such a copy waits for all that the device
 has still to do. NMS takes several images a call on a GPU, since the host waits for each call's result.
@@ -8,6 +9,7 @@ N images, M boxes of each, R RoIs, C classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,8 +28,7 @@ class BoxCoder(_utils.BoxCoder):
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         """(n, 4) boxes and (n, 4) anchors, both xyxy -> (n, 4) offsets."""
         weights = torch.tensor(self.weights, dtype=reference_boxes.dtype).to(reference_boxes.device, non_blocking=True)
-        offsets: Tensor = _utils.encode_boxes(reference_boxes, proposals, weights)
-        return offsets
+        return cast(Tensor, _utils.encode_boxes(reference_boxes, proposals, weights))
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """(n, 4) offsets and (n, 4) anchors -> (n, 4) boxes."""
@@ -38,6 +39,36 @@ class BoxCoder(_utils.BoxCoder):
         growth = torch.stack([rel_codes[:, 2] / ww, rel_codes[:, 3] / wh], dim=1).clamp(max=self.bbox_xform_clip)
         centre, half = shift * sides + (boxes[:, :2] + 0.5 * sides), 0.5 * (growth.exp() * sides)
         return torch.cat([centre - half, centre + half], dim=1)
+
+
+TINY = 1e-6  # the least area that is divided by, square pixels; released code
+
+
+def overlap(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU (arXiv 1902.09630) of boxes (..., 4) xyxy that broadcast against each other; float32,
+    under autocast too.
+    """
+    shared = _shared(one, two)
+    union = (area(one) + area(two) - shared).clamp(min=TINY)
+    iou = shared / union
+    hull = torch.maximum(one[..., 2:], two[..., 2:]) - torch.minimum(one[..., :2], two[..., :2])
+    around = hull.clamp(min=0).prod(dim=-1).clamp(min=TINY)
+    return iou, iou - (around - union) / around
+
+
+def covered(boxes: Tensor) -> Tensor:
+    """The share of each box (..., N, 4) that each other covers, intersection over its own area: (..., N, N)."""
+    return _shared(boxes[..., :, None, :], boxes[..., None, :, :]) / area(boxes)[..., :, None].clamp(min=TINY)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Square pixels (...) of boxes (..., 4) xyxy."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def _shared(one: Tensor, two: Tensor) -> Tensor:
+    low, high = torch.maximum(one[..., :2], two[..., :2]), torch.minimum(one[..., 2:], two[..., 2:])
+    return (high - low).clamp(min=0).prod(dim=-1)
 
 
 MOST_AT_ONCE = (
@@ -63,13 +94,9 @@ def nms_of_images(boxes: Tensor, scores: Tensor, threshold: float, groups: Seque
         )
     if boxes.device.type == "cpu":
         return batched_nms(boxes.flatten(0, 1).double(), scores.flatten().double(), part.flatten(), threshold)  # type: ignore[no-any-return]
-    kept, at_once = [], max(1, MOST_AT_ONCE // max(1, count))
-    for first in range(0, images, at_once):
-        some = slice(first, first + at_once)
-        kept.append(
-            _nms_apart(boxes[some].flatten(0, 1), scores[some].flatten(), part[some].flatten(), threshold)
-            + first * count
-        )
+    at_once = max(1, MOST_AT_ONCE // max(1, count))
+    some = zip(range(0, images, at_once), *(rows.split(at_once) for rows in (boxes, scores, part)), strict=True)
+    kept = [_nms_apart(b.flatten(0, 1), s.flatten(), p.flatten(), threshold) + first * count for first, b, s, p in some]
     return torch.cat(kept)
 
 
@@ -80,8 +107,7 @@ def _nms_apart(boxes: Tensor, scores: Tensor, part: Tensor, threshold: float) ->
     if not len(boxes):
         return part
     exact = boxes.double()
-    kept: Tensor = nms(exact + part[:, None] * (exact.amax() - exact.amin() + 1), scores.double(), threshold)
-    return kept
+    return cast(Tensor, nms(exact + part[:, None] * (exact.amax() - exact.amin() + 1), scores.double(), threshold))
 
 
 def best_places(scores: Tensor, most: int) -> Tensor:

@@ -8,7 +8,7 @@ one process everything here is the identity. All processes must call
 these functions alike. W processes, n rows of this one, D columns.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -45,8 +45,7 @@ def gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     if world_size() == 1:
         return rows
     counts = counts_of_ranks(len(rows), rows.device) if counts is None else counts
-    gathered: Tensor = _GatherRows.apply(rows, counts)
-    return gathered
+    return cast(Tensor, _GatherRows.apply(rows, counts))
 
 
 def mean_count(count: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ reaches over along one axis.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,7 @@ def roi_align_on_cpu(maps: Tensor, rois: Tensor, bins: int, scale: float, sample
     Returns:
         (R, C, B, B) float32, with a gradient for the maps and none for the RoIs.
     """
-    pooled: Tensor = _RoIAlign.apply(maps, rois, bins, scale, samples)
-    return pooled
+    return cast(Tensor, _RoIAlign.apply(maps, rois, bins, scale, samples))
 
 
 class _RoIAlign(torch.autograd.Function):
@@ -43,8 +43,7 @@ class _RoIAlign(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, rois: Tensor, bins: int, scale: float, samples: int) -> Tensor:
         ctx.save_for_backward(rois)
         ctx.shape, ctx.bins, ctx.scale, ctx.samples = maps.shape, bins, scale, samples
-        pooled: Tensor = roi_align(maps, rois, bins, scale, samples, aligned=True)
-        return pooled
+        return cast(Tensor, roi_align(maps, rois, bins, scale, samples, aligned=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,11 +176,8 @@ def number_boxes(matches: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     Args:
         matches: (R_i,) an image, as `sample_rois_of_images` returns. counts: boxes of each image.
     """
-    numbered, first = [], 0
-    for match, count in zip(matches, counts, strict=True):
-        numbered.append(torch.where(match >= 0, match + first, -1))
-        first += count
-    return torch.cat(numbered)
+    firsts = accumulate([0, *counts[:-1]])
+    return torch.cat([torch.where(own >= 0, own + first, -1) for own, first in zip(matches, firsts, strict=True)])
 
 
 class RoIHead(nn.Module):
@@ -195,8 +191,7 @@ class RoIHead(nn.Module):
 
     def hidden(self, pooled: Tensor) -> Tensor:
         """(R, C, 7, 7) -> (R, F)."""
-        features: Tensor = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
-        return features
+        return cast(Tensor, self.fc2(self.fc1(pooled.flatten(1)).relu()).relu())
 
     def initialise(self, score: nn.Linear) -> None:
         """The first weights of all layers; `score` is the subclass's own. Called when every layer is there."""
@@ -251,7 +246,4 @@ class PyramidRoIAlign(nn.Module):
         maps, scale = features[str(level)].float(), math.ldexp(1.0, -level)
         if maps.requires_grad and maps.device.type == "cpu":
             return roi_align_on_cpu(maps, indexed, POOL_SIZE, scale, self.sampling_ratio)
-        crops: Tensor = roi_align(
-            maps, indexed, POOL_SIZE, spatial_scale=scale, sampling_ratio=self.sampling_ratio, aligned=True
-        )
-        return crops
+        return cast(Tensor, roi_align(maps, indexed, POOL_SIZE, scale, self.sampling_ratio, aligned=True))

@@ -3,7 +3,7 @@
 N images, A anchors an image.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,8 @@ class FloatAnchors(AnchorGenerator):
     """torchvision's anchors take the feature maps' dtype; in bfloat16 their coordinates would be off by pixels."""
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        anchors: list[Tensor] = super().forward(
-            image_list, [m.new_empty(m.shape, dtype=torch.float32) for m in feature_maps]
-        )
-        return anchors
+        wide = [m.new_empty(m.shape, dtype=torch.float32) for m in feature_maps]
+        return cast(list[Tensor], super().forward(image_list, wide))
 
 
 class ExactAnchors(FloatAnchors):
@@ -56,8 +54,7 @@ class ExactAnchors(FloatAnchors):
 
     def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
         exact = [[finest * 2**level for finest in strides[0]] for level in range(len(strides))]
-        anchors: list[Tensor] = super().grid_anchors(grid_sizes, exact)
-        return anchors
+        return cast(list[Tensor], super().grid_anchors(grid_sizes, exact))
 
 
 class FloatRPNHead(RPNHead):

@@ -21,8 +21,7 @@ from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
 from hdovd.data.forms.base import AUTO
-from hdovd.data.protocol import METRICS, load_protocol
-from hdovd.evaluation.groups import shown_groups
+from hdovd.data.protocol import METRICS, load_protocol, shown_groups
 from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.ablation.grid import (
     AblationTable,

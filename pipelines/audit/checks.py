@@ -21,7 +21,7 @@ from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.text_files import read_toml
 from hdovd.data.coco import Skips, Split
 from hdovd.data.protocol import load_protocol, shipped_protocols
-from hdovd.evaluation.recall import box_ious
+from hdovd.evaluation.matching import box_ious
 from hdovd.pipelines.audit.inputs import Audited, CachedBoxes, GroundTruth, read_run
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.settings import value_at

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from hdovd.cache.schema import DEFAULT_SET
-from hdovd.config.backbone import PRESETS
+from hdovd.config.detector import PRESETS
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths
 from hdovd.data.forms.base import AUTO, FORMS

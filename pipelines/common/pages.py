@@ -20,8 +20,8 @@ import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image, ImageOps
 
+from hdovd.core import __version__
 from hdovd.core.log import log
-from hdovd.core.version import __version__
 from hdovd.pipelines.common.atomic_write import write_text
 
 # Nothing is loaded from anywhere: style, script and pictures are in the page.

@@ -20,9 +20,9 @@ from typing import Any
 
 from PIL import Image
 
+from hdovd.core import user_cache_folder
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import log
-from hdovd.core.user_cache import user_cache_folder
 from hdovd.data.protocol import GROUPS
 from hdovd.pipelines.common.atomic_write import write_picture
 from hdovd.pipelines.common.process import Job, exit_code, log_end, run_jobs, stop_signals, usable_cores

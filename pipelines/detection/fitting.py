@@ -13,8 +13,7 @@ from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import log
 from hdovd.data.coco import Exif
 from hdovd.modeling.base import Detector
-from hdovd.modeling.export.detectors import ExportableDetector
-from hdovd.modeling.export.traceable import traceable
+from hdovd.modeling.export.detectors import ExportableDetector, traceable
 from hdovd.pipelines.common.device import inference_autocast
 from hdovd.pipelines.detection.examples import Examples
 

@@ -20,9 +20,9 @@ from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
+from hdovd.core import user_cache_folder
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
-from hdovd.core.user_cache import user_cache_folder
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.common.tensors import load_tensors, save_tensors

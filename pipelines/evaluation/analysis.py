@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 
 from hdovd.core.errors import HdovdError
-from hdovd.core.json_stream import JsonStream
-from hdovd.core.text_files import cut, read_json, shown
+from hdovd.core.text_files import JsonStream, cut, read_json, shown
 from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split, is_finite
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data.protocol import Protocol, group_labels, groups_of, load_protocol
 from hdovd.evaluation.coco import GroundTruth, found_of
 from hdovd.evaluation.curves import Confusion, Curves, Reliability, confusion, precision_curves, score_reliability
-from hdovd.evaluation.groups import group_labels, groups_of
 from hdovd.evaluation.matching import Found, Matching, Objects, Verdict, find_overlaps, match, paired_ious
 from hdovd.evaluation.tide import ErrorBreakdown, Errors, Kind, classify, count_errors
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE

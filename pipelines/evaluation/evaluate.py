@@ -20,10 +20,9 @@ from torch.utils.data import Dataset
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
 from hdovd.data.coco import DataPaths, Exif, Split
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data.protocol import Protocol, group_of, load_protocol, shown_groups
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth, found_of
 from hdovd.evaluation.engines import Engine, require
-from hdovd.evaluation.groups import group_of, shown_groups
 from hdovd.evaluation.tide import ERRORS, ErrorBreakdown, break_down
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.boxes import Detections, detect_batch

@@ -33,14 +33,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hdovd.config.recipe import InferenceConfig, InputConfig, build_recipe
+from hdovd.core import __version__
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
-from hdovd.core.version import __version__
 from hdovd.modeling.base import Detector as Model, build_detector
 from hdovd.modeling.batching import input_size
 from hdovd.modeling.boxes import Detections, detect
-from hdovd.modeling.export.detectors import ExportableDetector
-from hdovd.modeling.export.traceable import traceable
+from hdovd.modeling.export.detectors import ExportableDetector, traceable
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.images import decode, pixels_of
 from hdovd.pipelines.detection.detector import Detector

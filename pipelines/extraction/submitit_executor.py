@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from hdovd.core import user_cache_folder
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.log import lines_to, log
 from hdovd.core.text_files import read_toml
-from hdovd.core.user_cache import user_cache_folder
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Share
 from hdovd.pipelines.extraction.engine import Extraction, new_rows

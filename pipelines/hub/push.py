@@ -11,11 +11,11 @@ import jinja2
 from hdovd.cache.catalog import NAMED, Catalog
 from hdovd.cache.hub import KINDS, LIST, file_list, hub_client, is_hub, repository
 from hdovd.cache.schema import Level
-from hdovd.config.plugins import outside_code
+from hdovd.config.recipe import outside_code
+from hdovd.core import __version__
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.log import log
 from hdovd.core.text_files import read_json
-from hdovd.core.version import __version__
 from hdovd.data.protocol import METRICS
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache

@@ -19,11 +19,10 @@ import numpy as np
 import yaml
 
 from hdovd.cache.reader import FeatureCache
+from hdovd.core import __version__
 from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.json_stream import JsonStream
 from hdovd.core.log import log
-from hdovd.core.text_files import checked_name
-from hdovd.core.version import __version__
+from hdovd.core.text_files import JsonStream, checked_name
 from hdovd.data.coco import DataPaths, Instances, Split, clip_box, read_instances
 from hdovd.data.forms.yolo import label_of
 from hdovd.pipelines.common.atomic_write import write_text, writing

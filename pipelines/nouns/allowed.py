@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 import simplemma
 
 from hdovd.core.errors import HdovdError
-from hdovd.core.json_stream import JsonStream
-from hdovd.core.text_files import checked_name, cut, read_json, shown
+from hdovd.core.text_files import JsonStream, checked_name, cut, read_json, shown
 from hdovd.data.coco import whole
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.name_list import read_vocabulary, shipped

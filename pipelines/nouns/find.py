@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hdovd.cache.identity import hash_file
+from hdovd.core import __version__
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
-from hdovd.core.version import __version__
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.name_list import GENERAL, read_vocabulary, shipped

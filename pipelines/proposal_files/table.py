@@ -24,8 +24,7 @@ import numpy as np
 
 from hdovd.cache.identity import hash_tables
 from hdovd.core.errors import HdovdError, Unfit
-from hdovd.core.json_stream import JsonStream
-from hdovd.core.text_files import cut, shown
+from hdovd.core.text_files import JsonStream, cut, shown
 from hdovd.data.coco import ImageBoxes, Skips, whole
 from hdovd.pipelines.common.options import ListOrder
 from hdovd.pipelines.proposal_files.safe_pickle import load_arrays

@@ -19,17 +19,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from hdovd.cache.identity import hash_file, require_same
-from hdovd.config.backbone import AUTO
-from hdovd.config.plugins import outside_code
-from hdovd.config.recipe import Recipe, build_recipe
+from hdovd.config.detector import AUTO
+from hdovd.config.recipe import Recipe, build_recipe, outside_code
+from hdovd.core import __version__
 from hdovd.core.errors import HdovdError, is_file, require_readable
 from hdovd.core.log import log
-from hdovd.core.version import __version__
 from hdovd.data.coco import Split
 from hdovd.data.protocol import load_protocol
 from hdovd.data.targets import flip_boxes
-from hdovd.modeling.proposals.base import ObjectnessNetwork, ProposalNetwork
-from hdovd.modeling.proposals.oln import ObjectLocalisationNetwork
+from hdovd.modeling.proposals.networks import ObjectLocalisationNetwork, ObjectnessNetwork, ProposalNetwork
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import Team, inference_autocast, placed, settled, training_workers

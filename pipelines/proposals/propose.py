@@ -30,8 +30,8 @@ from hdovd.core.errors import HdovdError, Stopped, counted, shorten
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import ImageBoxes, Split, read_instances
 from hdovd.data.protocol import Protocol, load_protocol
-from hdovd.evaluation.recall import THRESHOLDS, found_at, recall
-from hdovd.modeling.proposals.base import ProposalNetwork
+from hdovd.evaluation.matching import THRESHOLDS, found_at, recall
+from hdovd.modeling.proposals.networks import ProposalNetwork
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.device import Team, placed, team
 from hdovd.pipelines.common.process import StopSignal, exit_code

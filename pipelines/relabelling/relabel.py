@@ -26,9 +26,9 @@ from hdovd.cache.identity import hash_file
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.config.recipe import Recipe
+from hdovd.core import __version__
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.core.log import log, quiet
-from hdovd.core.version import __version__
 from hdovd.data.coco import DataPaths, ImageBoxes, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import Detector

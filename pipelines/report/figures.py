@@ -15,9 +15,8 @@ from markupsafe import Markup
 from hdovd.cache.schema import Source
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import ImageBoxes, Split
-from hdovd.data.protocol import Protocol
+from hdovd.data.protocol import Protocol, group_of, shown_groups
 from hdovd.evaluation.curves import RECALLS
-from hdovd.evaluation.groups import group_of, shown_groups
 from hdovd.evaluation.tide import ERRORS, Kind
 from hdovd.pipelines.ablation.grid import BLIND, SEED, Row, column_texts, scores_of
 from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view, marked, names_and_cosines

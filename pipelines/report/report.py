@@ -14,8 +14,7 @@ from typing import Any
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths, Split
-from hdovd.data.protocol import METRICS
-from hdovd.evaluation.groups import shown_groups
+from hdovd.data.protocol import METRICS, shown_groups
 from hdovd.pipelines.common.pages import write_page
 from hdovd.pipelines.evaluation.config import EvalConfig
 from hdovd.pipelines.evaluation.evaluate import evaluate

@@ -17,8 +17,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import quiet
 from hdovd.core.text_files import read_json
 from hdovd.data.coco import DataPaths, Split
-from hdovd.data.protocol import Protocol
-from hdovd.evaluation.groups import group_of
+from hdovd.data.protocol import Protocol, group_of
 from hdovd.modeling.losses.instance import relation_loss
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse

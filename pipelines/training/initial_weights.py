@@ -15,8 +15,7 @@ from torch import Tensor
 
 from hdovd.cache.hub import local_run
 from hdovd.cache.identity import differences
-from hdovd.config.plugins import outside_code
-from hdovd.config.recipe import Recipe
+from hdovd.config.recipe import Recipe, outside_code
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
 from hdovd.data.protocol import Protocol

@@ -28,7 +28,7 @@ from hdovd.data.protocol import METRICS, Protocol, load_protocol
 from hdovd.modeling.backbones.pyramid import with_synced_norms
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.distributed import world_size
-from hdovd.modeling.proposals.base import ProposalNetwork
+from hdovd.modeling.proposals.networks import ProposalNetwork
 from hdovd.pipelines.calibration.values import with_reliability
 from hdovd.pipelines.common.device import Team, placed, provenance, settled, team, training_workers
 from hdovd.pipelines.common.process import StopSignal

@@ -15,9 +15,9 @@ SPLITS = {"train2017": "train", "val2017": "val"}  # and what most data sets cal
 FORMS = Registry(
     "--form",
     {
-        COCO: "hdovd.data.forms.coco:COCO",
-        "lvis": "hdovd.data.forms.coco:LVIS",
-        "objects365": "hdovd.data.forms.coco:OBJECTS365",
+        COCO: "hdovd.data.forms.base:COCO_FILES",
+        "lvis": "hdovd.data.forms.base:LVIS_FILES",
+        "objects365": "hdovd.data.forms.base:OBJECTS365_FILES",
         "voc": "hdovd.data.forms.voc:VOC",
         "yolo": "hdovd.data.forms.yolo:YOLO",
         "label-studio": "hdovd.data.forms.labelling_tools:LABEL_STUDIO",
@@ -64,3 +64,42 @@ def find_form(name: str, root: Path) -> Form:
         raise HdovdError(f"--data {root} is of several forms: say which with --form {' or '.join(fitting)}")
     looked = "; ".join(f"{name}: {' or '.join(form.looks_for)}" for name, form in forms.items())
     raise HdovdError(f"--data {root} is of no known form. Looked for {looked}. See docs/DATA.md, or give --form")
+
+
+# --- forms whose annotations are COCO files already: COCO's own, LVIS and Objects365 ---
+
+
+def _file(root: Path, name: str, folders: tuple[str, ...] = ("annotations", "")) -> Path:
+    """The annotations in the first folder that has them, packed by gzip (.gz) or not; the first place if none has."""
+    places = [root / folder / f"{name}{packed}" for folder in folders for packed in ("", ".gz")]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def _lvis_images(root: Path, split: str) -> Path:
+    """The root, or what is missing of the folders that pictures lie in: those of LVIS's val are of both."""
+    needed = (root / name for name in SPLITS if name in ("train2017", split))
+    return next((folder for folder in needed if not folder.is_dir()), root)
+
+
+def _patches(root: Path, split: str) -> Path:
+    """The folder that holds patch0, patch1, ...; or the root, below which file names lead (images/v1/patch0/...)."""
+    return root if (root / "images").is_dir() else root / SPLITS[split]
+
+
+COCO_FILES = Form(
+    ("annotations/instances_*2017.json*",),
+    lambda root, split: _file(root, f"instances_{split}.json", ("annotations",)),
+    lambda root, split: root / split,
+    federated=False,
+)
+LVIS_FILES = Form(
+    ("lvis_v1_*.json*", "annotations/lvis_v1_*.json*"),
+    lambda root, split: _file(root, f"lvis_v1_{SPLITS[split]}.json"),
+    _lvis_images,
+    federated=True,
+)
+OBJECTS365_FILES = Form(
+    ("zhiyuan_objv2_*.json*", "annotations/zhiyuan_objv2_*.json*"),
+    lambda root, split: _file(root, f"zhiyuan_objv2_{SPLITS[split]}.json"),
+    _patches,
+)

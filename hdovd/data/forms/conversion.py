@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from hdovd.core import user_cache_folder
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
 from hdovd.core.text_files import cut, read_text
-from hdovd.core.user_cache import user_cache_folder
 
 VERSION = 2  # of what is written: another one converts anew
 

@@ -15,14 +15,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree.ElementTree import Element
 
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.json_stream import JsonStream
 from hdovd.core.log import log
 from hdovd.core.picture_header import ENDINGS, upright_size
-from hdovd.core.text_files import checked_name, cut
+from hdovd.core.text_files import LONGEST_PATH, JsonStream, checked_name, cut
 from hdovd.data.forms.base import SPLITS, Form
 from hdovd.data.forms.conversion import Picture, converted, read_xml
 
-_LONGEST_PATH = 4096
 _SIDES = ("x", "y", "width", "height")
 _BOXED = ("rectanglelabels", "polygonlabels")
 
@@ -154,8 +152,8 @@ def _task(task: dict[str, Any], where: str) -> _Labelled:
     found = [one for one in named if "image" in texts or PurePosixPath(_path(one)).suffix.lower() in ENDINGS]
     if len(found) != 1:
         raise HdovdError(f"{where} names {len(found)} pictures, expected one, by the name image if there are several")
-    checked_name(found[0], f"{where}: picture", _LONGEST_PATH)
-    plain = [checked_name(_path(found[0]), f"{where}: picture", _LONGEST_PATH), found[0]]  # "#" may be of the name
+    checked_name(found[0], f"{where}: picture", LONGEST_PATH)
+    plain = [checked_name(_path(found[0]), f"{where}: picture", LONGEST_PATH), found[0]]  # "#" may be of the name
     names = [*plain, *(re.sub(r"(^|/)[0-9a-f]{8}-([^/]+)$", r"\1\2", name) for name in plain)]  # uploads' numbers
     boxes, notes, lists, size = list[Any](), list[str](), set[str](), None
     if "data" in task:
@@ -209,7 +207,7 @@ def _image(image: Element, where: str) -> _Labelled:
         raise HdovdError(f"{where} is a track of a video: export it as CVAT for images 1.1")
     if image.tag != "image":
         return _Labelled(classes=[checked_name(one.findtext("name"), f"{where}: label") for one in image.iter("label")])
-    name, subset = checked_name(image.get("name"), f"{where}: name", _LONGEST_PATH), image.get("subset", "")
+    name, subset = checked_name(image.get("name"), f"{where}: name", LONGEST_PATH), image.get("subset", "")
     boxes, notes = list[Any](), list[str]()
     for shape in image:
         degrees = float(shape.get("rotation", 0))

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from hdovd.config.adamixer import AdaMixerConfig
-from hdovd.config.queries import GROUPS_OF_NORM
+from hdovd.config.detector import GROUPS_OF_NORM, AdaMixerConfig
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
-from hdovd.modeling.adamixer.boxes import SamplingTable, to_corners, to_xyzr
-from hdovd.modeling.adamixer.decoder import DecoderStage
-from hdovd.modeling.adamixer.losses import auxiliary_losses, main_losses, valid_positions
-from hdovd.modeling.adamixer.proposals import DensePredictions, QueryProposals
+from hdovd.modeling.adamixer.decoder import DecoderStage, SamplingTable, to_corners, to_xyzr
+from hdovd.modeling.adamixer.proposals import (
+    DensePredictions,
+    QueryProposals,
+    auxiliary_losses,
+    main_losses,
+    valid_positions,
+)
 from hdovd.modeling.backbones.pyramid import build_backbone
 from hdovd.modeling.queries.detector import ForwardOutput, QueryDetector, Step
 
@@ -59,20 +62,16 @@ class AdaMixer(QueryDetector):
         self.stages = nn.ModuleList(DecoderStage(config.decoder, channels, dim) for _ in range(config.decoder.stages))
         self.finish(recipe, dim, config)
 
-    def find(self, batch: ImageList, step: Step | None = None) -> ForwardOutput:
-        return self.look(batch.tensors, with_auxiliary=step is not None)
-
-    def look(self, pixels: Tensor, *, with_auxiliary: bool) -> AdaMixerOutput:
-        """Run a padded batch (N, 3, H, W) through the network. Raises HdovdError if the text of "object" is not
-        known."""
+    def find(self, batch: ImageList, step: Step | None = None) -> AdaMixerOutput:
         self.require_object_text()
         features = {
-            name: norm(maps) for norm, (name, maps) in zip(self.norms, self.backbone(pixels).items(), strict=True)
+            name: norm(maps)
+            for norm, (name, maps) in zip(self.norms, self.backbone(batch.tensors).items(), strict=True)
         }
         maps, proposals = list(features.values()), self.proposals
         trunk = proposals.trunk(maps[1:])
         dense = proposals.main(trunk, self.strides[1:], self.object_text)
-        auxiliary = proposals.auxiliary(trunk, self.strides[1:], self.object_text) if with_auxiliary else None
+        auxiliary = proposals.auxiliary(trunk, self.strides[1:], self.object_text) if step is not None else None
         candidates = proposals.candidates(dense, [m.shape[2] * m.shape[3] for m in trunk])
         table = SamplingTable(maps[:-1], self.strides[:-1])
         start = proposals.choose(candidates, self.config.decoder.queries)

@@ -1,22 +1,28 @@
 """Where queries come from: a dense class-agnostic head whose best distinct boxes they are (arXiv 2303.12776).
 
-Two heads share a trunk. The main one is trained on distinct candidates alone and gives the queries; the auxiliary one
-is trained densely, and is of no use afterwards. The losses are in `losses`. N pictures, A positions of all levels, M
-candidates of a picture, Q queries, C channels, D embedding size.
+Two heads share a trunk. The main one is trained on distinct candidates alone, one to one with boxes (section 3.3), and
+gives the queries; the auxiliary one is trained densely, on the best few positions of each box (TOOD, arXiv 2108.07755,
+section 3.2), and is of no use afterwards. Both learn by a quality focal loss (arXiv 2006.04388) and GIoU, towards
+quality = p * IoU^power (HD-OVD, METHOD section 11). Released code: pictures without a box teach neither head.
+
+N pictures, A positions of all levels, M candidates and H objects of a picture, padded; Q queries, C channels, D
+embedding size.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.config.adamixer import QueryProposalsConfig
-from hdovd.config.queries import GROUPS_OF_NORM
-from hdovd.modeling.adamixer.boxes import SamplingTable, to_xyzr
-from hdovd.modeling.boxes import nms_of_images
-from hdovd.modeling.queries.pairs import Candidates
+from hdovd.config.detector import GROUPS_OF_NORM, QueryProposalsConfig
+from hdovd.modeling.adamixer.decoder import SamplingTable, to_xyzr
+from hdovd.modeling.batching import SIZE_DIVISOR
+from hdovd.modeling.boxes import best_places, nms_of_images, overlap
+from hdovd.modeling.distributed import divisor
+from hdovd.modeling.queries.pairs import NONE, Candidates
 
 RARE = -math.log(99)  # logit of 1 %
 
@@ -102,21 +108,14 @@ class QueryProposals(nn.Module):
         from there.
         """
         chosen, first = [], 0
-        for count in positions_of_levels:
-            best = (
-                dense.probability[:, first : first + count]
-                .sort(dim=1, descending=True, stable=True)
-                .indices[:, : self.config.pre_nms]
-            )
-            chosen.append(best + first)
-            first += count
+        for own in dense.probability.split(positions_of_levels, dim=1):
+            chosen.append(best_places(own, self.config.pre_nms) + first)
+            first += own.shape[1]
         index = torch.cat(chosen, dim=1)
         probability = dense.probability.gather(1, index)
         boxes = dense.boxes.gather(1, index[..., None].expand(-1, -1, 4))
         kept = nms_of_images(boxes.detach(), probability.detach(), self.config.nms)
-        distinct = (
-            torch.zeros(index.numel(), dtype=torch.bool, device=index.device).index_fill(0, kept, True).view_as(index)
-        )
+        distinct = torch.zeros_like(index, dtype=torch.bool).flatten().index_fill(0, kept, True).view_as(index)
         return Candidates(probability, boxes, distinct & (probability > 0))
 
     @torch.no_grad()
@@ -127,11 +126,7 @@ class QueryProposals(nn.Module):
         pictures of a batch have as many; Q is less than `queries` only where there are fewer candidates of either kind.
         (The released code stops.)
         """
-        order = (
-            by_rank(candidates.probability, candidates.distinct)
-            .sort(dim=1, descending=True, stable=True)
-            .indices[:, :queries]
-        )
+        order = best_places(by_rank(candidates.probability, candidates.distinct), queries)
         return candidates.boxes.gather(1, order[..., None].expand(-1, -1, 4))
 
     def content(self, table: SamplingTable, boxes: Tensor) -> Tensor:
@@ -172,3 +167,138 @@ def _branch(channels: int, out: int) -> nn.Sequential:
 
 def _resized(maps: Tensor, size: torch.Size) -> Tensor:
     return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=True)
+
+
+# --- what trains both heads ---
+
+SMALL = 1e-7  # added to what a quality is divided by; released code. It is felt where p * IoU^6 is as small
+LEAST_INSIDE = 0.01  # pixels between a positive position and each side of its box; released code
+
+
+def quality_focal_rows(probability: Tensor, quality: Tensor, positive: Tensor) -> Tensor:
+    """BCE(p, y) |y - p|^2 of positives, BCE(p, 0) p^2 of all others; any shape, float32."""
+    with torch.autocast(probability.device.type, enabled=False):
+        wanted = torch.where(positive, quality, 0.0)
+        rows = torch.nn.functional.binary_cross_entropy(probability, wanted, reduction="none")
+        return rows * (wanted - probability).abs() ** 2
+
+
+def main_losses(
+    found: Candidates, objects: Tensor, is_object: Tensor, paired: Tensor, config: QueryProposalsConfig
+) -> tuple[Tensor, Tensor]:
+    """Weighted class and box loss of the main head.
+
+    Args:
+        objects: (N, H, 4). is_object: (N, H) bool. paired: (N, H) int64, the candidate of each object or NONE.
+    """
+    is_paired = paired != NONE
+    row = paired.clamp(min=0)
+    boxes = found.boxes.gather(1, row[..., None].expand(-1, -1, 4))
+    iou, giou = overlap(boxes, objects)
+    aligned = found.probability.detach().gather(1, row) * iou.detach() ** config.iou_power
+    quality = torch.where(is_paired, aligned / (aligned + SMALL) * iou.detach(), 0.0)
+    counted = found.distinct & is_object.any(dim=1, keepdim=True)
+    return _quality_losses(found.probability, counted, row, is_paired, quality, giou, config)
+
+
+def auxiliary_losses(
+    dense: DensePredictions,
+    centres: Tensor,
+    valid: Tensor,
+    objects: Tensor,
+    is_object: Tensor,
+    config: QueryProposalsConfig,
+) -> tuple[Tensor, Tensor]:
+    """Weighted class and box loss of the auxiliary head.
+
+    Args:
+        centres: (A, 2) x, y of the positions. valid: (N, A) bool, those that count.
+        objects: (N, H, 4). is_object: (N, H) bool.
+    """
+    best, quality = aligned_positions(dense, centres, valid, objects, is_object, config)
+    counted = valid & is_object.any(dim=1, keepdim=True)
+    index = best.flatten(1)[..., None].expand(-1, -1, 4)
+    _, giou = overlap(dense.boxes.gather(1, index).unflatten(1, best.shape[1:]), objects[:, None])
+    return _quality_losses(dense.probability, counted, best, quality > NONE, quality.clamp(min=0), giou, config)
+
+
+@torch.no_grad()
+def aligned_positions(
+    dense: DensePredictions,
+    centres: Tensor,
+    valid: Tensor,
+    objects: Tensor,
+    is_object: Tensor,
+    config: QueryProposalsConfig,
+) -> tuple[Tensor, Tensor]:
+    """The positions of each object that are best aligned with it, at most k, and the quality that they are to say.
+
+    A position counts if p * IoU^power is over zero, and if it lies within the object; one that several objects want is
+    the one's of the highest IoU. The quality is that measure, scaled so that an object's best position has its highest
+    IoU.
+
+    Returns:
+        (N, k, H) int64 positions, (N, k, H) qualities, NONE for a position that does not count.
+    """
+    iou, _ = overlap(dense.boxes[:, :, None], objects[:, None])
+    measure = dense.probability[..., None] * iou**config.iou_power
+    measure = torch.where(valid[..., None] & is_object[:, None], measure, 0.0)
+    strength, best = measure.topk(min(config.aux_positives, measure.shape[1]), dim=1)
+    place = centres[best]
+    inside = (
+        torch.cat([place - objects[:, None, :, :2], objects[:, None, :, 2:] - place], dim=-1).amin(dim=-1)
+        > LEAST_INSIDE
+    )
+    wants = inside & (strength > 0)
+    own = iou.gather(1, best)
+    owner = torch.full_like(iou, NONE).scatter(1, best, torch.where(wants, own, NONE)).argmax(dim=2)
+    wins = wants & (owner.gather(1, best.flatten(1)).view_as(best) == torch.arange(iou.shape[2], device=iou.device))
+    strength, own = strength * wins, own * wins
+    quality = strength / (strength.amax(dim=1, keepdim=True) + SMALL) * own.amax(dim=1, keepdim=True)
+    return best, torch.where(wins, quality, NONE)
+
+
+def valid_positions(shapes: Sequence[torch.Size], strides: Sequence[int], sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The centres (A, 2) x, y of all positions of levels of these shapes, and which count for each picture, (N, A)
+    bool.
+
+    Those within the picture as it would be padded alone, of levels whose stride is not longer than its shorter side
+    (released code).
+
+    Args:
+        sizes: (N, 2) height, width of the pictures.
+    """
+    centres = torch.cat([positions(shape, stride, sizes.device) for shape, stride in zip(shapes, strides, strict=True)])
+    counts = [h * w for h, w in shapes]
+    stride = torch.cat([sizes.new_full((count,), stride) for count, stride in zip(counts, strides, strict=True)])
+    alone = (sizes / SIZE_DIVISOR).ceil().flip(-1) * SIZE_DIVISOR
+    within = (centres - stride[:, None] / 2 < alone[:, None]).all(dim=-1)
+    return centres, within & (stride < sizes.amin(dim=1, keepdim=True) + 1)
+
+
+def _quality_losses(
+    probability: Tensor,
+    counted: Tensor,
+    place: Tensor,
+    positive: Tensor,
+    quality: Tensor,
+    giou: Tensor,
+    config: QueryProposalsConfig,
+) -> tuple[Tensor, Tensor]:
+    """Weighted class and box loss, both divided by the sum of qualities.
+
+    Args:
+        probability: (N, X). counted: (N, X) bool. place: (N, ...) where boxes are found; positive: (N, ...) bool, where
+        they are; quality, giou: (N, ...) of those.
+    """
+    slot = torch.where(positive, place, probability.shape[1]).flatten(1)  # where there is no box: one past the last
+    wanted = _scattered(probability, slot, quality.flatten(1))
+    is_positive = _scattered(probability, slot, positive.float().flatten(1)) > 0
+    rows, count = quality_focal_rows(probability, wanted, is_positive) * counted, divisor(quality.sum())
+    return config.class_weight * rows.sum() / count, config.box_weight * (quality * (1 - giou)).sum() / count
+
+
+def _scattered(like: Tensor, slot: Tensor, values: Tensor) -> Tensor:
+    """Zeros (N, X) like `like`, with values (N, n) at slots (N, n); slot X is nowhere."""
+    rows = like.new_zeros(len(like), like.shape[1] + 1)
+    return rows.scatter_reduce(1, slot, values.to(rows), "amax")[:, :-1]

@@ -18,7 +18,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from hdovd.config.backbone import BackboneConfig
+from hdovd.config.detector import BackboneConfig
 from hdovd.core.errors import HdovdError, require_readable
 from hdovd.core.log import log
 

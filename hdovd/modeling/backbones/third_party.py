@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from hdovd.config.backbone import LIBRARIES, BackboneConfig
+from hdovd.config.detector import LIBRARIES, BackboneConfig
 from hdovd.core.errors import HdovdError
 
 KEY = LIBRARIES.key

@@ -1,28 +1,30 @@
 """The detector as one function of tensors alone, from a picture to detections, that torch can trace.
 
-It is `Detector.predict` and `postprocess.detect` over the same weights, written so that a trace keeps what depends on
-the data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it. R RoIs
-or queries, C classes, D embedding size.
+It is `Detector.predict` and `boxes.detect` over the same weights, written so that a trace keeps what depends on the
+data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it.
+`traceable` is the way in. R RoIs or queries, C classes, D embedding size.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from hdovd.modeling.adamixer.boxes import SamplingTable, to_corners, to_xyzr
+from hdovd.core.registry import resolve
+from hdovd.modeling.adamixer.decoder import SamplingTable, to_corners, to_xyzr
 from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.adamixer.proposals import DensePredictions, by_rank
 from hdovd.modeling.base import Detector
 from hdovd.modeling.batching import SIZE_DIVISOR
-from hdovd.modeling.boxes import best_places, combine_scores
+from hdovd.modeling.boxes import best_places, combine_scores, detect
 from hdovd.modeling.faster_rcnn.model import CODER, FasterRCNN, roi_scores
 from hdovd.modeling.queries.detector import QueryDetector
 from hdovd.modeling.queries.scores import query_scores, with_objectness
 from hdovd.modeling.rpn import ExactAnchors
+from hdovd.modeling.rtdetr.model import RTDETR
 
 
 class Found(NamedTuple):
@@ -62,8 +64,7 @@ class ExportableDetector(nn.Module):
             image: (3, h, w) uint8 RGB, of any size.
             texts: (C, D) float32 text embeddings of the classes asked for, of any length.
             is_novel: (C,) bool: classes that were not annotated in training (METHOD section 7). Without effect on a
-            model that
-                has one score alone.
+                model that has one score alone.
 
         Returns:
             Best first: boxes (n, 4) xyxy pixels of `image`, scores (n,), labels (n,) int64, rows of `texts`.
@@ -273,9 +274,7 @@ class ExportableAdaMixer(ExportableQueries):
         return boxes[best_places(by_rank(probability, distinct), self.config.decoder.queries)]
 
 
-_MANY_BOXES = (
-    1000  # torchvision's batched_nms goes class by class where there are more; else it shifts the classes apart
-)
+_MANY_BOXES = 1000  # where there are more, torchvision's batched_nms goes class by class; else it shifts them apart
 _SMALLEST = 1e-3  # pixels; torchvision's RPN drops proposals with a shorter side
 
 
@@ -347,3 +346,56 @@ class ExportableFasterRCNN(ExportableDetector):
             rows, columns = rows * (shape[1] // logits.shape[2]), columns * (shape[2] // logits.shape[3])
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         return (torch.stack([x, y, x, y], dim=2).unsqueeze(2) + cells).reshape(-1, 4)
+
+
+class ExportableRTDETR(ExportableQueries):
+    """`RTDETR.predict` of one picture, or of N of one size. After the network there is a top-k and nothing else."""
+
+    def __init__(self, model: RTDETR) -> None:
+        super().__init__(model)
+        self.batches = model.recipe.inference.nms >= 1
+        self.network = model.network
+
+    def forward(self, image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect. Of pictures (N, 3, h, w): boxes (N, n, 4), scores and labels (N, n), as many of each; a score that is
+        not over the threshold is 0.
+        """
+        if image.dim() == 3:
+            return super().forward(image, texts, is_novel)
+        boxes, scores = self.all_scores(image, texts, is_novel)
+        images, inference = image.shape[0], self.recipe.inference
+        flat, classes = scores.reshape(images, -1), torch._shape_as_tensor(scores)[1].clamp(min=1)
+        best = best_places(flat, inference.detections_per_image)
+        score = flat.gather(1, best)
+        query = (best // classes)[..., None].expand(-1, -1, 4)
+        boxes = boxes.view(images, -1, 4).gather(1, query)
+        return boxes, torch.where(score > inference.score_threshold, score, 0), best % classes
+
+    def rois(self, image: Tensor) -> Found:
+        """The last stage's queries, of one picture or of all."""
+        pixels, size, factor = self.prepare(image if image.dim() == 4 else image[None])
+        whole = torch._shape_as_tensor(pixels)[2:].to(pixels)
+        sizes = size.to(pixels).expand(pixels.shape[0], -1)
+        found = self.network(self.backbone(pixels), sizes, whole, self.object_text)
+        content = found.contents[-1].flatten(0, 1)
+        boxes = found.boxes[-1].flatten(0, 1) / torch.cat([factor.flip(0), factor.flip(0)]).to(pixels)
+        return self.found(content, boxes, self.last.object_logits(content).sigmoid())
+
+
+def traceable(detector: Detector) -> nn.Module:
+    """The detector as a module over (image, texts, is_novel), in eval mode: one that torch can trace, if it has one."""
+    if detector.exportable is None:
+        return _OnePicture(detector)
+    return cast(nn.Module, resolve(detector.exportable, "the detector's exportable")(detector))
+
+
+class _OnePicture(nn.Module):
+    """`Detector.predict` and `detect` of one picture."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector.eval()
+
+    def forward(self, image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = detect(self.detector.predict([image], texts)[0], is_novel, self.detector.recipe.inference)
+        return found.boxes, found.scores, found.labels

@@ -189,11 +189,9 @@ def roi_scores(
     Returns:
         Probabilities (R, C + 1), the last of the background; and (R, C) of the distillation, or None.
     """
-    logits = classwise.cosine_logits(c, torch.cat([texts, backgrounds]), recipe.faster_rcnn.head.logit_scale)
-    first = classwise.with_one_background(logits, len(backgrounds)).softmax(dim=1)
-    if d is None:
-        return first, None
-    return first, classwise.cosine_logits(d, texts, recipe.inference.distillation_scale).sigmoid()
+    first = classwise.class_probability(c, texts, backgrounds, recipe.faster_rcnn.head.logit_scale)
+    second = None if d is None else classwise.cosine_logits(d, texts, recipe.inference.distillation_scale).sigmoid()
+    return first, second
 
 
 def _box_loss(view: StepContext) -> Tensor:

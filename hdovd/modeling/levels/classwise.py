@@ -65,14 +65,8 @@ class ClassLevel(nn.Module):
                 *self.pseudo.reliability,
             )
             own = torch.arange(first, first + len(trust), device=device)
-        base_counts = [len(t.boxes) for t in targets]
-        every = torch.ones(sum(base_counts), device=device)
         last = torch.full((1,), background, device=device)  # row -1 serves background
-        labels, weights = [], []
-        for t, base, of_pseudo, trusted in zip(
-            targets, every.split(base_counts), own.split(counts), trust.split(counts), strict=True
-        ):
-            labels += [t.labels, of_pseudo]
-            weights += [base, trusted]
-        box_labels, box_weights = torch.cat([*labels, last]), torch.cat([*weights, every.new_ones(1)])
-        return box_labels[box_of_roi], box_weights[box_of_roi]
+        of_images = list(zip(targets, own.split(counts), trust.split(counts), strict=True))
+        labels = [rows for t, of_pseudo, _ in of_images for rows in (t.labels, of_pseudo)]
+        weights = [rows for t, _, trusted in of_images for rows in (trust.new_ones(len(t.boxes)), trusted)]
+        return torch.cat([*labels, last])[box_of_roi], torch.cat([*weights, trust.new_ones(1)])[box_of_roi]

@@ -1,4 +1,7 @@
-"""Level 1 as a part of the detector: its two memories and its two losses (METHOD section 4)."""
+"""Level 1 as a part of the detector: its two memories and its two losses (METHOD section 4).
+
+n pairs of this process, D embedding size.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +29,24 @@ class InstanceLevel(nn.Module):
         assert view.d is not None  # the detector builds the feature for this level
         teachers = torch.cat([rows for t in view.targets for rows in (t.embeddings, t.pseudo_embeddings)])
         q, used = instance.box_students(view.d, view.box_of_roi[view.box_of_roi >= 0], len(teachers))
-        counts = counts_of_ranks(len(q), q.device)
-        q, e = gather_rows(q, counts), gather_rows(teachers[used], counts)
-        if len(q) < instance.MIN_PAIRS:
-            nothing = view.d.sum() * 0
-            return {"instance_alignment": nothing, "instance_relation": nothing}
-        config = self.config
-        aligned = alignment_loss(q, e, self.student_queue.read(), self.teacher_queue.read(), config.tau)
-        related = instance.relation_loss(q, e, config.relation_tau, config.relation_temperature)
-        self.student_queue.push(q)
-        self.teacher_queue.push(e)
+        aligned, related = pair_losses(q, teachers[used], self.student_queue, self.teacher_queue, self.config)
         return {
-            "instance_alignment": config.alignment_weight * aligned,
-            "instance_relation": config.relation_weight * related,
+            "instance_alignment": self.config.alignment_weight * aligned,
+            "instance_relation": self.config.relation_weight * related,
         }
+
+
+def pair_losses(
+    q: Tensor, e: Tensor, student_queue: FeatureQueue, teacher_queue: FeatureQueue, config: InstanceLossConfig
+) -> tuple[Tensor, Tensor]:
+    """Alignment and relation loss of rows q and e (n, D), L2-normalised, with those of all processes, which go into
+    the memories; zero, and no memory changes, if there are too few.
+    """
+    counts = counts_of_ranks(len(q), q.device)
+    q, e = gather_rows(q, counts), gather_rows(e, counts)
+    if len(q) < instance.MIN_PAIRS:
+        return q.sum() * 0, q.sum() * 0
+    aligned = alignment_loss(q, e, student_queue.read(), teacher_queue.read(), config.tau)
+    student_queue.push(q)
+    teacher_queue.push(e)
+    return aligned, instance.relation_loss(q, e, config.relation_tau, config.relation_temperature)

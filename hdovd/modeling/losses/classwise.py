@@ -27,6 +27,14 @@ def with_one_background(logits: Tensor, rows: int) -> Tensor:
     return torch.cat([logits[:, :-rows], logits[:, -rows:].logsumexp(dim=1, keepdim=True)], dim=1)
 
 
+def class_probability(features: Tensor, texts: Tensor, backgrounds: Tensor, scale: float) -> Tensor:
+    """Probabilities (R, C + 1) of the classes with texts (C, D) and, last, of what the backgrounds (B + 1, D) stand
+    for.
+    """
+    logits = cosine_logits(features, torch.cat([texts, backgrounds]), scale)
+    return with_one_background(logits, len(backgrounds)).softmax(dim=1)
+
+
 def of_judged(logits: Tensor, judged: list[Tensor | None], image: Tensor, is_background: Tensor) -> Tensor:
     """Logits (R, X), in which a RoI of background is none of the base classes that its image is judged by: the others,
     whose objects may be there without a box, are at -inf, and so no negatives. An object is one of its own class alone.

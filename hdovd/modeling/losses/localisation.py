@@ -1,8 +1,8 @@
 """The losses of the object localisation network (OLN, arXiv 2108.06753, section 3): how well a box fits, never what it
 holds.
 
-Pure functions, called by `oln`. n boxes, encoded against anchors or RoIs: offsets (n, 4) as (dx, dy, dw, dh), with the
-centre's in sides of the anchor and the sides' as logarithms (arXiv 1506.01497, equation 2), unit weights.
+Pure functions. n boxes, encoded against anchors or RoIs: offsets (n, 4) as (dx, dy, dw, dh), with the centre's in sides
+of the anchor and the sides' as logarithms (arXiv 1506.01497, equation 2), unit weights.
 """
 
 import torch

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from hdovd.config.queries import QueryDetectorConfig
+from hdovd.config.detector import QueryDetectorConfig
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
@@ -24,13 +24,6 @@ from hdovd.modeling.distributed import divisor
 from hdovd.modeling.levels.imagewise import ImageLevel
 from hdovd.modeling.losses.classwise import cosine_logits, of_judged, with_one_background
 from hdovd.modeling.queries.levels import InstanceLevels, TextLevel
-from hdovd.modeling.queries.losses import (
-    box_losses,
-    classification_loss,
-    objectness_loss,
-    prompts_and_labels,
-    query_weights,
-)
 from hdovd.modeling.queries.pairs import (
     Candidates,
     Pairs,
@@ -39,9 +32,19 @@ from hdovd.modeling.queries.pairs import (
     pair_candidates,
     pair_stages,
     pairing_costs,
+    to_device,
     to_host,
 )
-from hdovd.modeling.queries.scores import TextAdapters, query_scores, with_objectness
+from hdovd.modeling.queries.scores import (
+    TextAdapters,
+    box_losses,
+    classification_loss,
+    objectness_loss,
+    prompts_and_labels,
+    query_scores,
+    query_weights,
+    with_objectness,
+)
 
 LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost of pairing it; released code
 RARE = -4.595  # logit of the share of queries that hold an object at the start: 1 %
@@ -55,13 +58,11 @@ class QueryStage(nn.Module):
 
     def describe(self, content: Tensor) -> Tensor:
         """The class feature c (..., D) float32 of contents (..., C): in the space of CLIP's image embeddings."""
-        c: Tensor = self.class_feature(content).float()
-        return c
+        return cast(Tensor, self.class_feature(content).float())
 
     def object_logits(self, content: Tensor) -> Tensor:
         """Logits (...) float32 of there being an object."""
-        logits: Tensor = self.objectness(content)[..., 0].float()
-        return logits
+        return cast(Tensor, self.objectness(content)[..., 0].float())
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +234,23 @@ class QueryDetector(Detector):
         c, logits = self.read(look.contents)
         pairs, paired = self._pair(look, logits, boxes)
         classified = self.adapters.classified(c)
-        losses = self.own_losses(look, step, paired)
-        losses |= self._stage_losses(look, logits, classified, pairs, step)
-        view = _view(look, batch, boxes, pairs, texts, c if self.instance_level is not None else None, classified)
-        losses |= self._distillation(view, c, pairs, boxes)
-        losses.update(self.extra(view))
-        return losses
+        view = StepContext(  # as losses of the recipe's own see it: the last stage's queries are the RoIs
+            look.features,
+            batch.image_sizes,
+            boxes.targets,
+            texts,
+            list(look.boxes[-1].detach()),
+            pairs.to_queries(torch.arange(len(boxes.boxes), device=texts.device), -1)[-1].flatten(),
+            look.deltas.flatten(0, 1),
+            classified[-1].flatten(0, 1),
+            None if self.instance_level is None else c[-1].flatten(0, 1)[pairs.paired_queries(-1)],
+        )
+        return {
+            **self.own_losses(look, step, paired),
+            **self._stage_losses(look, logits, classified, pairs, step),
+            **self._distillation(view, c, pairs, boxes),
+            **self.extra(view),
+        }
 
     @torch.inference_mode()
     def students(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None = None) -> Students:
@@ -251,10 +263,9 @@ class QueryDetector(Detector):
             raise ValueError("a detector without the instance level has no student embeddings")
         batch, boxes = self._batch(images, targets, keys)
         look = self.find(batch)
-        last = look.contents[-1]
-        everything = torch.stack([self.stage(s).object_logits(content) for s, content in enumerate(look.contents)])
-        pairs, _ = self._pair(look, everything, boxes)
-        q, box = pairs.students(self.stage(-1).describe(last)[None].expand(len(look.contents), -1, -1, -1))[-1]
+        c, logits = self.read(look.contents)
+        pairs, _ = self._pair(look, logits, boxes)
+        q, box = pairs.students(c)[-1]
         order = box.argsort()
         return Students(q[order], box[order], boxes.targets)
 
@@ -285,11 +296,8 @@ class QueryDetector(Detector):
         on_host = to_host([of_candidates, found.distinct, of_stages, iou])
         paired = pair_candidates(on_host[0], on_host[1], boxes.object_counts)
         query = pair_stages(on_host[2], boxes)
-        both = torch.cat([torch.from_numpy(paired).flatten(), torch.from_numpy(query).flatten()]).to(
-            logits.device, non_blocking=True
-        )
-        first, second = both.split([paired.size, query.size])
-        return Pairs.of(query, second.view(query.shape), on_host[3], iou, boxes), first.view(paired.shape)
+        candidates, queries = to_device([paired, query], logits.device)
+        return Pairs.of(query, queries, on_host[3], iou, boxes), candidates
 
     def _stage_losses(
         self, look: ForwardOutput, logits: Tensor, classified: Tensor, pairs: Pairs, step: Step
@@ -341,28 +349,3 @@ class QueryDetector(Detector):
         if self.image_level is not None:
             losses.update(self.image_level(view))
         return losses
-
-
-def _view(
-    look: ForwardOutput,
-    batch: ImageList,
-    boxes: StepBoxes,
-    pairs: Pairs,
-    texts: Tensor,
-    c: Tensor | None,
-    classified: Tensor,
-) -> StepContext:
-    """The step as losses of the recipe's own see it: the last stage's queries are the RoIs."""
-    box_of_query = pairs.to_queries(torch.arange(len(boxes.boxes), device=texts.device), -1)[-1].flatten()
-    d = None if c is None else c[-1].flatten(0, 1)[pairs.paired_queries(-1)]
-    return StepContext(
-        look.features,
-        batch.image_sizes,
-        boxes.targets,
-        texts,
-        list(look.boxes[-1].detach()),
-        box_of_query,
-        look.deltas.flatten(0, 1),
-        classified[-1].flatten(0, 1),
-        d,
-    )

@@ -6,18 +6,17 @@ embedding size.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.config.queries import TextLevelConfig
+from hdovd.config.detector import TextLevelConfig
 from hdovd.config.recipe import InstanceLossConfig
 from hdovd.core.errors import HdovdError
-from hdovd.modeling.distributed import FeatureQueue, counts_of_ranks, gather_rows
-from hdovd.modeling.losses import instance
-from hdovd.modeling.losses.contrastive import alignment_loss
+from hdovd.modeling.distributed import FeatureQueue, gather_rows
+from hdovd.modeling.levels.instance import pair_losses
 from hdovd.modeling.losses.instance import relation_loss
 
 
@@ -36,26 +35,12 @@ class InstanceLevels(nn.Module):
 
     def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> dict[str, Tensor]:
         """`students`, `teachers`: (n, D) L2-normalised q and e of each stage. The losses are summed over stages."""
-        config = self.config
-        aligned, related = [], []
-        for q, e, student_queue, teacher_queue in zip(
-            students, teachers, self.student_queues, self.teacher_queues, strict=True
-        ):
-            assert isinstance(student_queue, FeatureQueue)
-            assert isinstance(teacher_queue, FeatureQueue)
-            counts = counts_of_ranks(len(q), q.device)
-            q, e = gather_rows(q, counts), gather_rows(e, counts)
-            if len(q) < instance.MIN_PAIRS:
-                aligned.append(q.sum() * 0)
-                continue
-            aligned.append(alignment_loss(q, e, student_queue.read(), teacher_queue.read(), config.tau))
-            related.append(instance.relation_loss(q, e, config.relation_tau, config.relation_temperature))
-            student_queue.push(q)
-            teacher_queue.push(e)
-        nothing = aligned[0] * 0
+        stages = zip(students, teachers, self.student_queues, self.teacher_queues, strict=True)
+        losses = [pair_losses(q, e, cast(FeatureQueue, s), cast(FeatureQueue, t), self.config) for q, e, s, t in stages]
+        aligned, related = map(torch.stack, zip(*losses, strict=True))
         return {
-            "instance_alignment": config.alignment_weight * torch.stack(aligned).sum(),
-            "instance_relation": config.relation_weight * torch.stack([nothing, *related]).sum(),
+            "instance_alignment": self.config.alignment_weight * aligned.sum(),
+            "instance_relation": self.config.relation_weight * related.sum(),
         }
 
 

@@ -19,11 +19,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hdovd.config.queries import MatchCosts
+from hdovd.config.detector import MatchCosts
 from hdovd.config.recipe import ClassLossConfig, PseudoBoxConfig
 from hdovd.data.targets import Targets, with_large_pseudo_boxes
+from hdovd.modeling.boxes import overlap
 from hdovd.modeling.losses.classwise import reliability
-from hdovd.modeling.queries.overlaps import overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,7 @@ def boxes_of_step(
             torch.cat([t.pseudo_texts for t in used]),
             *config.reliability,
         )
-    labels, weights = [], []
-    for t, trusted in zip(used, trust.split(pseudo), strict=True):
-        labels += [t.labels, t.labels.new_full(trusted.shape, -1)]
-        weights += [padded.new_ones(len(t.boxes)), trusted]
+    trusts = zip(used, trust.split(pseudo), strict=True)
     objects = pad_sequence(
         [torch.cat([t.all_boxes, t.boxes.new_zeros(1, 4)]) for t in large], batch_first=True
     )  # never without a column
@@ -119,8 +116,8 @@ def boxes_of_step(
         picture,
         column,
         padded,
-        torch.cat(labels),
-        torch.cat(weights),
+        torch.cat([rows for t in used for rows in (t.labels, t.labels.new_full((len(t.pseudo_boxes),), -1))]),
+        torch.cat([rows for t, trusted in trusts for rows in (padded.new_ones(len(t.boxes)), trusted)]),
         torch.cat([rows for t in used for rows in (t.embeddings, t.pseudo_embeddings)]),
         objects,
         torch.arange(objects.shape[1], device=device) < torch.tensor(counts).to(device, non_blocking=True)[:, None],
@@ -134,7 +131,7 @@ def _places(base: list[int], pseudo: list[int]) -> list[tuple[int, int]]:
     return [(n, column) for n in range(len(base)) for column in (*range(base[n]), *range(start, start + pseudo[n]))]
 
 
-NONE = -1
+NONE = -1  # and so the place of what is appended to rows that pairs are looked up in
 NOT_FINITE = (
     1e6  # the cost in place of one that is not a number: the loss is then not finite either, and training says so
 )
@@ -171,6 +168,13 @@ def to_host(tensors: Sequence[Tensor]) -> list[Array]:
     return [part.reshape(t.shape) for part, t in zip(np.split(flat, ends), tensors, strict=True)]
 
 
+def to_device(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:
+    """The arrays as tensors, in one transfer."""
+    joined = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device, non_blocking=True)
+    parts = joined.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
 def pair(cost: Array) -> NDArray[np.int64]:
     """The row that each column of a cost matrix (Q, T) is paired with, or NONE: (T,); all are if there are rows
     enough."""
@@ -197,8 +201,7 @@ def pair_stages(cost: Array, boxes: StepBoxes) -> NDArray[np.int64]:
         of_pseudo = slice(start, start + boxes.pseudo[n])
         found[s, n, of_base] = pair(cost[s, n, :, of_base])
         free = np.setdiff1d(np.arange(queries), found[s, n, of_base])
-        rows = pair(cost[s, n, free, of_pseudo])
-        found[s, n, of_pseudo] = np.where(rows == NONE, NONE, np.append(free, NONE)[rows])
+        found[s, n, of_pseudo] = np.append(free, NONE)[pair(cost[s, n, free, of_pseudo])]
     picture, column = np.array(boxes.places, dtype=np.int64).reshape(-1, 2).T
     flat = found[:, picture, column]
     return np.where(flat == NONE, NONE, flat + picture * queries)
@@ -224,8 +227,7 @@ def pair_candidates(cost: Array, distinct: Array, counts: Sequence[int]) -> NDAr
     found = np.full((cost.shape[0], cost.shape[2]), NONE, dtype=np.int64)
     for n, count in enumerate(counts):
         rows = distinct[n].nonzero()[0]
-        chosen = pair(cost[n, rows, :count])
-        found[n, :count] = np.where(chosen == NONE, NONE, np.append(rows, NONE)[chosen])
+        found[n, :count] = np.append(rows, NONE)[pair(cost[n, rows, :count])]
     return found
 
 
@@ -276,7 +278,7 @@ class Pairs:
 
     def paired_queries(self, stage: int) -> Tensor:
         """The queries of a stage that have a box, in 0..N Q - 1, in order."""
-        return self._on_device([np.sort(self.on_host[stage][self.on_host[stage] != NONE])])[0]
+        return to_device([np.sort(self.on_host[stage][self.on_host[stage] != NONE])], self.query.device)[0]
 
     def students(self, c: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The students of each stage: q (n, D) normalised and the box (n,) that each is of; in the order of the
@@ -320,9 +322,5 @@ class Pairs:
 
     def _rows(self, features: Tensor, boxes: Sequence[NDArray[np.int64]]) -> tuple[list[Tensor], list[Tensor]]:
         """At each stage, the features of the queries of some boxes; and those boxes, on the device."""
-        chosen = self._on_device(boxes)
+        chosen = to_device(boxes, self.query.device)
         return [features[s].flatten(0, 1)[self.query[s, box]] for s, box in enumerate(chosen)], chosen
-
-    def _on_device(self, numbers: Sequence[NDArray[np.int64]]) -> list[Tensor]:
-        joined = torch.from_numpy(np.concatenate(numbers)).to(self.query.device, non_blocking=True)
-        return list(joined.split([len(part) for part in numbers]))

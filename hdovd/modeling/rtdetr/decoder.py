@@ -1,23 +1,25 @@
 """Which cells of the encoder become queries, and the stages that refine them (arXiv 2304.08069, sections 4.3 and 4.4).
 
 A box is (x, y, w, h), centre and sides, in sides of its own picture, and kept as its logit, to which stages add. All of
-it is float32, under autocast too. Cells of the padding are never looked at, nor chosen while there are others. N
-pictures, Q queries of each and M more of the denoising, A cells of all levels, C channels, D embedding size.
+it is float32, under autocast too, and so are the places where attention to the pyramid (arXiv 2010.04159, section 4.1)
+samples: by `grid_sample`, since there is no operator then that a runtime would lack. Cells of the padding are never
+looked at, nor chosen while there are others. N pictures, Q queries of each and M more of the denoising, A cells of all
+levels, C channels in H heads, L levels, P points of a head at each level, G points of a grid, D embedding size.
 """
 
+import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.config.rtdetr import RTDETRConfig
-from hdovd.modeling.boxes import best_places
-from hdovd.modeling.queries.detector import RARE, QueryStage
-from hdovd.modeling.queries.overlaps import covered
+from hdovd.config.detector import RTDETRConfig
+from hdovd.modeling.boxes import best_places, covered
+from hdovd.modeling.queries.detector import RARE, ForwardOutput, QueryStage
 from hdovd.modeling.queries.pairs import Candidates
-from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention, GridSampling, feed_forward, initialise
-from hdovd.modeling.rtdetr.encoder import HybridEncoder
+from hdovd.modeling.rtdetr.encoder import Attention, HybridEncoder, feed_forward, initialise
 
 SOME = 1e-7  # added to a covered share before its logarithm is taken; as AdaMixer
 LEAST = 1e-4  # of a side of the picture, and 1 less it the most, before a logit is taken
@@ -34,19 +36,6 @@ class Extra:
     content: Tensor
     logits: Tensor
     seen: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Refined:
-    """maps: (N, C, h, w) of the encoder. contents: (N, Q + M, C) and boxes: (N, Q + M, 4) xyxy pixels after each stage.
-    deltas: (N, Q, 4) that the last stage added to logits.
-    """
-
-    maps: list[Tensor]
-    candidates: Candidates
-    contents: list[Tensor]
-    boxes: list[Tensor]
-    deltas: Tensor
 
 
 class Selection(nn.Module):
@@ -82,6 +71,78 @@ class Selection(nn.Module):
         content = _taken(token, chosen)
         logits = _taken(anchors, chosen) + self.deltas(content).float()
         return content, logits, probability.gather(1, chosen), inside.gather(1, chosen)
+
+
+class DeformableAttention(nn.Module):
+    """Each head of a query looks at P points of each level, around the query's box, and weighs them."""
+
+    def __init__(self, channels: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.offsets = nn.Linear(channels, heads * levels * points * 2)
+        self.weights = nn.Linear(channels, heads * levels * points)
+        self.values = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Linear(channels, channels)
+        initialise(self)
+        self._spread()
+
+    @torch.no_grad()
+    def _spread(self) -> None:
+        """At the start heads look into directions all around, point by point farther, with equal weights."""
+        for start in (self.offsets.weight, self.weights.weight):
+            start.zero_()
+        angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1, dtype=torch.float32)[:, None]
+        self.offsets.bias.view(self.heads, self.levels, self.points, 2).copy_(direction[:, None, None] * steps)
+
+    def forward(self, content: Tensor, boxes: Tensor, maps: list[Tensor], inside: list[Tensor]) -> Tensor:
+        """What queries see, (N, Q, C).
+
+        Args:
+            content: (N, Q, C), with positions. boxes: (N, Q, 4) centre and sides, in sides of the padded batch.
+            maps: (N, C, h, w) each. inside: (N, h, w) bool each, the cells that count; the others hold zeros.
+        """
+        heads, points = self.heads, self.points
+        offsets = self.offsets(content).float().unflatten(-1, (heads, self.levels, points, 2)) / points
+        boxes = boxes[:, :, None, None, None]
+        grid = 2 * (boxes[..., :2] + offsets * boxes[..., 2:] / 2) - 1
+        grid = grid.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, N H, Q, P, 2)
+        weights = self.weights(content).float().unflatten(-1, (heads, -1)).softmax(dim=-1)
+        weights = weights.transpose(1, 2).flatten(0, 1)  # (N H, Q, L P)
+        sampled = []
+        for level, (pixels, within) in enumerate(zip(maps, inside, strict=True)):
+            values = self.values(pixels).float() * within[:, None]
+            values = values.unflatten(1, (heads, -1)).flatten(0, 1)
+            sampled.append(F.grid_sample(values, grid[level], align_corners=False))  # (N H, C / H, Q, P)
+        found = (torch.cat(sampled, dim=-1) * weights[:, None]).sum(dim=-1)
+        return cast(Tensor, self.out(found.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2)))
+
+
+class GridSampling(nn.Module):
+    """What lies at the points of a grid within a query's box, summed over levels; each point has weights of its own,
+    so that the query knows what lies where, which a weighted mean of points does not tell.
+    """
+
+    def __init__(self, channels: int, levels: int, side: int) -> None:
+        super().__init__()
+        width = channels // 2
+        steps = (torch.arange(side) + 0.5) / side - 0.5
+        self.places: Tensor  # (G, 2) from the box's centre, in its sides
+        self.register_buffer("places", torch.cartesian_prod(steps, steps).flip(1), persistent=False)
+        self.values = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in range(levels))
+        self.out = feed_forward(width * side**2, channels, nn.ReLU, channels)
+        initialise(self)
+
+    def forward(self, boxes: Tensor, maps: list[Tensor], inside: list[Tensor]) -> Tensor:
+        """(N, Q, C). Arguments are as those of `DeformableAttention`."""
+        grid = 2 * (boxes[:, :, None, :2] + self.places * boxes[:, :, None, 2:]) - 1
+        found = torch.zeros((), device=boxes.device)
+        for values, pixels, within in zip(self.values, maps, inside, strict=True):
+            level = values(pixels).float() * within[:, None]
+            found = found + F.grid_sample(level, grid, align_corners=False)  # (N, C / 2, Q, G)
+        return cast(Tensor, self.out(found.permute(0, 2, 3, 1).flatten(2)))
 
 
 class Stage(QueryStage):
@@ -134,8 +195,7 @@ class Stage(QueryStage):
         if self.grid is not None:
             sampled = sampled + self.grid(boxes, maps, inside)
         content = self.sampling_norm(content + sampled)
-        refined: Tensor = self.feedforward_norm(content + self.feedforward(content))
-        return refined
+        return cast(Tensor, self.feedforward_norm(content + self.feedforward(content)))
 
 
 class Network(nn.Module):
@@ -153,14 +213,16 @@ class Network(nn.Module):
         self.stages = nn.ModuleList(Stage(config, dim) for _ in range(config.decoder.stages))
 
     def forward(
-        self, maps: list[Tensor], sizes: Tensor, whole: Tensor, object_text: Tensor, extra: Extra | None = None
-    ) -> Refined:
-        """Refine queries.
+        self, levels: dict[str, Tensor], sizes: Tensor, whole: Tensor, object_text: Tensor, extra: Extra | None = None
+    ) -> ForwardOutput:
+        """Refine queries: features of the encoder; contents (N, Q + M, C) and boxes (N, Q + M, 4) after each stage;
+        deltas (N, Q, 4) that the last stage added to logits.
 
         Args:
-            maps: (N, width, h, w) of the backbone. sizes: (N, 2) height and width of each picture. whole: (2,) those of
-            the padded batch. object_text: (D,) the embedding of "object".
+            levels: (N, width, h, w) of the backbone, by level name. sizes: (N, 2) height and width of each picture.
+            whole: (2,) those of the padded batch. object_text: (D,) the embedding of "object".
         """
+        maps = list(levels.values())
         inside, anchors = zip(*(cells_of(m, s, sizes) for m, s in zip(maps, self.strides, strict=True)), strict=True)
         maps = self.encoder(maps, inside)
         content, logits, probability, within = self.selection(
@@ -187,7 +249,8 @@ class Network(nn.Module):
             before = logits + deltas  # (arXiv 2203.03605, section 3.5)
             logits = before.detach()
         candidates = Candidates(probability, to_pixels(chosen.sigmoid(), sizes), within)
-        return Refined(maps, candidates, contents, boxes, deltas[:, : chosen.shape[1]])
+        features = dict(zip(levels, maps, strict=True))
+        return ForwardOutput(features, candidates, contents, boxes, deltas[:, : chosen.shape[1]])
 
 
 def box_branch(channels: int) -> nn.Sequential:

@@ -1,19 +1,18 @@
 """The hybrid encoder (arXiv 2304.08069, section 4.2): attention within the coarsest level, convolutions between levels.
 
 Every convolution has a norm over groups of channels of the cells within the picture, where the paper has batch norms:
-what is found in a picture depends neither on what another picture shows nor on its size. N pictures, C channels;
-`inside`: (N, h, w) bool, the cells of a level that lie in a picture.
+what is found in a picture depends neither on what another picture shows nor on its size. N pictures, C channels, Q
+queries, H heads; `inside`: (N, h, w) bool, the cells of a level that lie in a picture.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.config.queries import GROUPS_OF_NORM
-from hdovd.config.rtdetr import HybridEncoderConfig
-from hdovd.modeling.rtdetr.attention import Attention, feed_forward, initialise
+from hdovd.config.detector import GROUPS_OF_NORM, HybridEncoderConfig
 
 TINY = 1e-5  # added to variances; as torch's GroupNorm
 
@@ -43,8 +42,7 @@ class PictureNorm(nn.Module):
         """(N, C): of each channel the mean of its group over cells (N, h w, 1) that are 1."""
         of_channel = (pixels.flatten(2) @ cells)[..., 0] / cells.sum(dim=1)
         of_group = of_channel.view(-1, self.groups, self.of_group).mean(dim=2, keepdim=True)
-        of_its_channels: Tensor = of_group.expand(-1, -1, self.of_group).flatten(1)
-        return of_its_channels
+        return of_group.expand(-1, -1, self.of_group).flatten(1)
 
 
 class Convolution(nn.Module):
@@ -81,8 +79,28 @@ class Fusion(nn.Module):
         both = deep = torch.cat([one, two], dim=1)
         for block in self.deep:
             deep = block(deep, inside)
-        fused: Tensor = self.out(deep + self.flat(both, inside), inside)
-        return fused
+        return cast(Tensor, self.out(deep + self.flat(both, inside), inside))
+
+
+class Attention(nn.Module):
+    """Self-attention; queries and keys are made of contents with their positions, values of contents alone. The softmax
+    is float32, under autocast too.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.queries_and_keys, self.values = nn.Linear(channels, 2 * channels), nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels)
+        initialise(self)
+
+    def forward(self, content: Tensor, position: Tensor, bias: Tensor) -> Tensor:
+        """(N, Q, C) twice -> (N, Q, C). `bias`: (N, H or 1, Q or 1, Q), added to logits: -inf where a row looks not."""
+        placed = self.queries_and_keys(content + position).unflatten(-1, (2, self.heads, -1))
+        q, k = placed.permute(2, 0, 3, 1, 4).unbind(0)
+        v = self.values(content).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        logits = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float() + bias
+        return cast(Tensor, self.out((logits.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)))
 
 
 class LevelAttention(nn.Module):
@@ -102,8 +120,7 @@ class LevelAttention(nn.Module):
         bias = torch.where(inside.flatten(1)[:, None, None], 0.0, -torch.inf)
         cells = self.attention_norm(cells + self.attention(cells, position, bias))
         cells = self.feedforward_norm(cells + self.feedforward(cells))
-        out: Tensor = cells.transpose(1, 2).unflatten(2, pixels.shape[-2:])
-        return out
+        return cast(Tensor, cells.transpose(1, 2).unflatten(2, pixels.shape[-2:]))
 
 
 class HybridEncoder(nn.Module):
@@ -148,3 +165,16 @@ def cell_positions(pixels: Tensor) -> Tensor:
     y, x = (torch.cat([phase.sin(), phase.cos()], dim=1) for phase in (down, across))
     rows, columns = y[:, None] + torch.zeros_like(x)[None], torch.zeros_like(y)[:, None] + x[None]
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)
+
+
+def feed_forward(channels: int, hidden: int, activation: type[nn.Module], out: int | None = None) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, hidden), activation(), nn.Linear(hidden, out or channels))
+
+
+def initialise(module: nn.Module) -> None:
+    """Xavier for weights, zero for biases; norms as they are."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
+from hdovd.config.detector import RTDETRConfig
 from hdovd.config.recipe import Recipe
-from hdovd.config.rtdetr import RTDETRConfig
 from hdovd.core.errors import HdovdError
 from hdovd.modeling.backbones.pyramid import build_backbone, without_pyramid
 from hdovd.modeling.distributed import divisor
 from hdovd.modeling.queries.detector import ForwardOutput, QueryDetector, Step
 from hdovd.modeling.queries.pairs import Pairs, StepBoxes
 from hdovd.modeling.rtdetr.decoder import Extra, Network, logit
-from hdovd.modeling.rtdetr.denoising import Noised, noised
-from hdovd.modeling.rtdetr.losses import box_rows, candidate_losses, varifocal_rows
+from hdovd.modeling.rtdetr.losses import Noised, box_rows, candidate_losses, noised, varifocal_rows
 
 SELECTION = ("selection_objectness", "selection_box", "selection_giou")
 DENOISING = ("denoising_classification", "denoising_objectness", "denoising_box", "denoising_giou")
@@ -42,7 +41,7 @@ class RTDETR(QueryDetector):
     """
 
     training_parts = ("denoising.", "instance_level.", "text_level.", "image_level.", "extra.")
-    exportable = "hdovd.modeling.export.rtdetr:ExportableRTDETR"
+    exportable = "hdovd.modeling.export.detectors:ExportableRTDETR"
     config: RTDETRConfig
 
     def __init__(self, recipe: Recipe, dim: int, initialise: bool = True) -> None:
@@ -71,10 +70,10 @@ class RTDETR(QueryDetector):
         slots = None if step is None or self.denoising is None else noised(step, self.config.denoising)
         queries = min(queries, sum(m.shape[2] * m.shape[3] for m in maps.values()))
         extra = None if slots is None or step is None else self._extra(slots, step, queries)
-        found = self.network(list(maps.values()), sizes, whole, self.object_text, extra)
+        found = self.network(maps, sizes, whole, self.object_text, extra)
         denoised = [(c[:, queries:], b[:, queries:]) for c, b in zip(found.contents, found.boxes, strict=True)]
         return RTDETROutput(
-            dict(zip(maps, found.maps, strict=True)),
+            found.features,
             found.candidates,
             [content[:, :queries] for content in found.contents],
             [boxes[:, :queries] for boxes in found.boxes],

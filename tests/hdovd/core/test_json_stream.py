@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hdovd.core.errors import HdovdError
-from hdovd.core.json_stream import JsonStream
+from hdovd.core.text_files import JsonStream
 
 BLOCKS = [1, 2, 7, 64, 1 << 20]
 

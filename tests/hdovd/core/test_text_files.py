@@ -14,8 +14,7 @@ import pytest
 import hdovd
 from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError
-from hdovd.core.json_stream import JsonStream
-from hdovd.core.text_files import checked_name, cut, read_json, read_toml, shown
+from hdovd.core.text_files import JsonStream, checked_name, cut, read_json, read_toml, shown
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.name_list import read_vocabulary
 from hdovd.pipelines.extraction.text import read_synonyms
@@ -140,7 +139,6 @@ def test_names_that_people_use_are_names() -> None:
 OWN = {  # files that hdovd wrote itself, or that the system or the package holds
     "cache": "the stores' own records",
     "hdovd/core/text_files.py": "here",
-    "hdovd/core/json_stream.py": "here",
     "hdovd/__main__.py": "the standard streams",
     "hdovd/config/recipe.py": "the recipes that ship",
     "hdovd/data/protocol.py": "the protocols that ship",

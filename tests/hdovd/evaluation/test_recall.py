@@ -10,7 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hdovd.evaluation.recall import NEVER, THRESHOLDS, box_ious, found_at, recall
+from hdovd.evaluation.matching import NEVER, THRESHOLDS, box_ious, found_at, recall
 
 OBJECTS = np.array([[0, 0, 10, 10], [20, 0, 30, 10]], np.float32)
 

@@ -17,7 +17,7 @@ from torchvision.ops import box_iou
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol
-from hdovd.modeling.export.traceable import traceable
+from hdovd.modeling.export.detectors import traceable
 from hdovd.pipelines.detection import evaluate_examples, fitting
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.detection.examples import Examples, read_examples

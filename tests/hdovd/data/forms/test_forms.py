@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hdovd.core import user_cache_folder
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
-from hdovd.core.user_cache import user_cache_folder
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.forms.labelling_tools import LABEL_STUDIO
 from hdovd.data.protocol import Protocol

@@ -7,10 +7,19 @@ from adamixer_scenes import noise
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from hdovd.config.adamixer import QueryProposalsConfig
-from hdovd.modeling.adamixer.boxes import SamplingTable
-from hdovd.modeling.adamixer.losses import auxiliary_losses, main_losses, quality_focal_rows, valid_positions
-from hdovd.modeling.adamixer.proposals import DenseHead, DensePredictions, ProposalTrunk, QueryProposals, positions
+from hdovd.config.detector import QueryProposalsConfig
+from hdovd.modeling.adamixer.decoder import SamplingTable
+from hdovd.modeling.adamixer.proposals import (
+    DenseHead,
+    DensePredictions,
+    ProposalTrunk,
+    QueryProposals,
+    auxiliary_losses,
+    main_losses,
+    positions,
+    quality_focal_rows,
+    valid_positions,
+)
 from hdovd.modeling.queries.pairs import Candidates
 
 CONFIG = QueryProposalsConfig(shuffle=8, aux_positives=3)

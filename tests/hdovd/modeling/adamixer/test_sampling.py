@@ -9,10 +9,19 @@ from adamixer_scenes import noise
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from hdovd.config.adamixer import DecoderConfig
-from hdovd.modeling.adamixer.boxes import SamplingTable, refine, sides, to_corners, to_xyzr
-from hdovd.modeling.adamixer.decoder import AdaptiveMixing, BoxAttention, DecoderStage, positional_code
-from hdovd.modeling.queries.overlaps import covered, overlap
+from hdovd.config.detector import DecoderConfig
+from hdovd.modeling.adamixer.decoder import (
+    AdaptiveMixing,
+    BoxAttention,
+    DecoderStage,
+    SamplingTable,
+    positional_code,
+    refine,
+    sides,
+    to_corners,
+    to_xyzr,
+)
+from hdovd.modeling.boxes import covered, overlap
 
 BOXES = torch.tensor([[0.0, 0.0, 8.0, 2.0], [4.0, 1.0, 12.0, 5.0], [20.0, 20.0, 24.0, 40.0]])
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from hdovd.config.backbone import BackboneConfig
+from hdovd.config.detector import BackboneConfig
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.modeling.backbones.pyramid import TinyResNet, build_backbone

@@ -9,7 +9,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from hdovd.config.backbone import BackboneConfig
+from hdovd.config.detector import BackboneConfig
 from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to

@@ -14,7 +14,7 @@ from rtdetr_scenes import detector
 
 from hdovd.config.recipe import PRESETS
 from hdovd.modeling.boxes import Detections, detect
-from hdovd.modeling.export.rtdetr import ExportableRTDETR
+from hdovd.modeling.export.detectors import ExportableRTDETR
 from hdovd.modeling.rtdetr.model import RTDETR
 from hdovd.pipelines.export.config import ModelForm
 from hdovd.pipelines.export.model import CARRIED, Run, open_model, write

@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.modeling.losses.localisation import centerness
-from hdovd.modeling.proposals.oln import _BOX, _SCORE, CenternessRPN, ObjectLocalisationNetwork, sample_near
+from hdovd.modeling.proposals.networks import _BOX, _SCORE, CenternessRPN, ObjectLocalisationNetwork, sample_near
 
 SETTINGS = (
     "detector.backbone.fpn_channels=4",

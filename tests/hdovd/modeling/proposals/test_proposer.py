@@ -7,8 +7,7 @@ from torchvision.ops import box_iou, nms
 
 from hdovd.config.recipe import load_recipe
 from hdovd.modeling.batching import batch_images
-from hdovd.modeling.proposals.base import ObjectnessNetwork, ProposalNetwork
-from hdovd.modeling.proposals.oln import ObjectLocalisationNetwork
+from hdovd.modeling.proposals.networks import ObjectLocalisationNetwork, ObjectnessNetwork, ProposalNetwork
 
 RECIPE = load_recipe(
     "demo",

@@ -10,17 +10,10 @@ from adamixer_scenes import DIM, noise, small, targets, unit
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from hdovd.config.queries import MatchCosts, StageLossConfig, TextLevelConfig
+from hdovd.config.detector import MatchCosts, StageLossConfig, TextLevelConfig
 from hdovd.modeling.losses.classwise import reliability
 from hdovd.modeling.losses.instance import relation_loss
 from hdovd.modeling.queries.levels import InstanceLevels, TextLevel, fused
-from hdovd.modeling.queries.losses import (
-    box_losses,
-    classification_loss,
-    objectness_loss,
-    prompts_and_labels,
-    query_weights,
-)
 from hdovd.modeling.queries.pairs import (
     NONE,
     Pairs,
@@ -30,6 +23,13 @@ from hdovd.modeling.queries.pairs import (
     pair_candidates,
     pair_stages,
     pairing_costs,
+)
+from hdovd.modeling.queries.scores import (
+    box_losses,
+    classification_loss,
+    objectness_loss,
+    prompts_and_labels,
+    query_weights,
 )
 
 S, N, Q = 2, 3, 6

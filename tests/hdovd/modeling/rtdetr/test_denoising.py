@@ -10,8 +10,7 @@ from hdovd.modeling.batching import batch_images
 from hdovd.modeling.queries.detector import Step
 from hdovd.modeling.queries.pairs import NONE, Candidates, StepBoxes
 from hdovd.modeling.rtdetr.decoder import to_pixels
-from hdovd.modeling.rtdetr.denoising import CHOSEN, NOBODY, Noised, noised
-from hdovd.modeling.rtdetr.losses import candidate_losses, varifocal_rows
+from hdovd.modeling.rtdetr.losses import CHOSEN, NOBODY, Noised, candidate_losses, noised, varifocal_rows
 from hdovd.modeling.rtdetr.model import RTDETR
 
 BOXES, PSEUDO = [[14.0, 14.0, 60.0, 70.0], [20.0, 10.0, 90.0, 80.0]], [[30.0, 5.0, 80.0, 60.0], [0.0, 40.0, 50.0, 90.0]]

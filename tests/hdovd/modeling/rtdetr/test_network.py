@@ -8,11 +8,19 @@ from adamixer_scenes import DIM, noise, unit
 from rtdetr_scenes import small
 from torch import Tensor
 
-from hdovd.config.rtdetr import HybridEncoderConfig
-from hdovd.modeling.queries.overlaps import covered
-from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention, GridSampling
-from hdovd.modeling.rtdetr.decoder import Selection, Stage, cells_of, logit, to_pixels, to_shares
-from hdovd.modeling.rtdetr.encoder import HybridEncoder, PictureNorm
+from hdovd.config.detector import HybridEncoderConfig
+from hdovd.modeling.boxes import covered
+from hdovd.modeling.rtdetr.decoder import (
+    DeformableAttention,
+    GridSampling,
+    Selection,
+    Stage,
+    cells_of,
+    logit,
+    to_pixels,
+    to_shares,
+)
+from hdovd.modeling.rtdetr.encoder import Attention, HybridEncoder, PictureNorm
 from hdovd.modeling.rtdetr.losses import varifocal_rows
 
 N, Q, C, HEADS, POINTS = 2, 3, 8, 2, 3
