@@ -29,8 +29,17 @@ from hdovd.data.coco import DataPaths, ImageBoxes
 from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
 from hdovd.modeling.base import Detector
 from hdovd.pipelines.adaptation.config import AdaptConfig
-from hdovd.pipelines.adaptation.data import SAME_OBJECT, JudgedSet, class_rows, joined_protocol, mix_examples
-from hdovd.pipelines.adaptation.plan import adapted_from, chain_of, plain, planned
+from hdovd.pipelines.adaptation.data import (
+    SAME_OBJECT,
+    JudgedSet,
+    adapted_from,
+    chain_of,
+    class_rows,
+    joined_protocol,
+    mix_examples,
+    plain,
+    planned,
+)
 from hdovd.pipelines.adaptation.retention import retention
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.device import team

@@ -10,7 +10,7 @@
     model.safetensors             weights and queues after the last finished epoch; with `train.ema` the averaged
                                   weights
     best.safetensors              the same of the epoch with the best validation AP of base classes
-    checkpoint.pt                 what `--resume` goes on from (see `checkpoint`)
+    checkpoint.pt                 what `--resume` goes on from (see `training/hooks.py`)
     stopped                       there while a run rests that a signal ended: it can go on
     log.jsonl, log.csv            losses, learning rate, speed and validation while training
     tracked.json                  how many entries of the log each tracker has been sent; their own files lie in

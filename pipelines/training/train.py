@@ -37,11 +37,10 @@ from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing, Streams, key_of
 from hdovd.pipelines.evaluation.evaluate import Validation
 from hdovd.pipelines.extraction.text import give_object_text
-from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
 from hdovd.pipelines.runs.trackers import tracking
 from hdovd.pipelines.training.config import TrainConfig
-from hdovd.pipelines.training.hooks import RunHooks, unsound_record
+from hdovd.pipelines.training.hooks import RunHooks, fits, load_checkpoint, unsound_record
 from hdovd.pipelines.training.initial_weights import begin_with, require_same_init
 from hdovd.pipelines.training.loop import Loop, UnsoundLoss
 from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet, background_texts

@@ -20,8 +20,7 @@ from hdovd.data.protocol import Protocol
 from hdovd.modeling.export.traceable import traceable
 from hdovd.pipelines.detection import evaluate_examples, fitting
 from hdovd.pipelines.detection.detector import Detector
-from hdovd.pipelines.detection.examples import Examples, read_examples
-from hdovd.pipelines.detection.fitting import fit_rows
+from hdovd.pipelines.detection.examples import Examples, fit_rows, read_examples
 from hdovd.pipelines.evaluation.config import EvalConfig
 from hdovd.pipelines.runs.folder import RunFolder
 

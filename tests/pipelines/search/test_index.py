@@ -28,8 +28,7 @@ from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.extraction.source import CacheSet
 from hdovd.pipelines.search import index as index_file
 from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
-from hdovd.pipelines.search.index import RowIndex, index_part, index_rows
-from hdovd.pipelines.search.scan import Best, Choice, best_rows
+from hdovd.pipelines.search.nearest import Best, Choice, RowIndex, best_rows, index_part, index_rows
 from hdovd.pipelines.search.search import search
 
 pytest.importorskip("faiss")

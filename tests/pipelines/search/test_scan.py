@@ -13,7 +13,7 @@ import torch
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.search import scan
-from hdovd.pipelines.search.scan import Best, alike_pairs, best_rows, chosen_rows, mean_row
+from hdovd.pipelines.search.nearest import Best, alike_pairs, best_rows, chosen_rows, mean_row
 
 
 @pytest.fixture
