@@ -64,7 +64,6 @@ def _fields(config: type) -> list[Field]:
 
 def _field(field: dataclasses.Field[Any], kind: Any, option: Option) -> Field:
     """A field of one option: text is parsed, lists become tuples, and what is not given keeps the field's default."""
-    name = field.name
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
     parts = (
         [part for part in get_args(kind) if part is not type(None)]
@@ -81,14 +80,12 @@ def _field(field: dataclasses.Field[Any], kind: Any, option: Option) -> Field:
         kind = str
 
     def build(given: dict[str, Any]) -> Any:
-        value = given[name]
-        if option.parse is not None:
-            return value if value is None else option.parse(value)
-        if many:
-            return field.default if value is None else tuple(value)
-        return value
+        value = given[field.name]
+        if value is None:
+            return field.default if many else None
+        return option.parse(value) if option.parse is not None else tuple(value) if many else value
 
-    return name, [_parameter(name, kind, default, option)], build
+    return field.name, [_parameter(field.name, kind, default, option)], build
 
 
 def _parameter(name: str, kind: Any, default: Any, option: Option) -> inspect.Parameter:

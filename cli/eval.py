@@ -16,7 +16,7 @@ def eval(config: EvalConfig) -> None:
     from hdovd.pipelines.transfer.transfer import zero_shot
 
     if config.before is not None:
-        from hdovd.pipelines.adaptation.retention import compare
+        from hdovd.pipelines.adaptation.adapt import compare
 
         typer.echo(compare(config))
         return

@@ -356,8 +356,9 @@ def comma_separated(table: AblationTable) -> str:
             )
         ]  # csv writes None as nothing
         values = [str(value).lower() if isinstance(value, bool) else value for value in row.values]
-        arm = [row.arm] if table.has_arms else []
-        writer.writerow([row.name, *arm, *values, row.seeds, row.done, row.failed, *numbers])
+        writer.writerow(
+            [row.name, *([row.arm] if table.has_arms else []), *values, row.seeds, row.done, row.failed, *numbers]
+        )
     return out.getvalue()
 
 
@@ -389,5 +390,7 @@ def _texts(table: AblationTable) -> tuple[list[str], list[list[str]]]:
 def _marks(table: AblationTable) -> list[str]:
     """What the marks of rows mean that are not finished, and what the gap is."""
     unfinished = f"Not finished: {NONE} no seed is done yet; 1 of 3 seeds: the mean of that one."
-    is_whole = all(row.done == row.seeds for row in table.rows)
-    return ([] if is_whole else [unfinished]) + ([GAP_TOLD] if table.has_arms else [])
+    return [
+        *([] if all(row.done == row.seeds for row in table.rows) else [unfinished]),
+        *([GAP_TOLD] if table.has_arms else []),
+    ]

@@ -54,12 +54,14 @@ class AuditReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        keys = ("name", "verdict", "text", "details", "numbers")
         return {
             "about": self.about,
             "leaks": self.leaks,
             "unknown": self.unknown,
-            "checks": [{key: getattr(check, key) for key in keys} for check in self.checks],
+            "checks": [
+                {key: getattr(check, key) for key in ("name", "verdict", "text", "details", "numbers")}
+                for check in self.checks
+            ],
         }
 
 

@@ -231,8 +231,7 @@ def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:
         templates=job.templates,
         trust=job.trust,
     )
-    for line in _doubtful(job.classes or (), detector.protocol.names):
-        log(line)
+    log(*_doubtful(job.classes or (), detector.protocol.names))
     _set_classes(detector, job)
     detector.embedder.forget_clip()
     novel, also = detector.is_novel.tolist(), f"videos: {len(videos):,d}; " if videos else ""
@@ -327,7 +326,6 @@ def _run_videos(
 
 def _info(detector: Detector, job: DetectConfig) -> dict[str, Any]:
     """What the detections were made with, for `images.json`."""
-    rows, templates = job.class_embeddings, job.templates
     return {
         "description": f"hdovd {__version__} detect",
         "run": str(job.run.absolute()),
@@ -336,8 +334,8 @@ def _info(detector: Detector, job: DetectConfig) -> dict[str, Any]:
         "split_blind": job.split_blind,
         "rivals": list(detector.rivals),
         "device": str(detector.device),
-        **({} if rows is None else {"class_embeddings": str(rows)}),
-        **({} if templates is None else {"templates": list(templates)}),
+        **({} if job.class_embeddings is None else {"class_embeddings": str(job.class_embeddings)}),
+        **({} if job.templates is None else {"templates": list(job.templates)}),
         **({} if job.examples is None else {"examples": str(job.examples), "mix": job.mix}),
     }
 

@@ -153,8 +153,9 @@ class Detector:
         rivals = [] if alone else [name for name in self.protocol.base if folded(name) not in asked]
         by_name = self.embedder.embed([*asked.values()][len(shown.names) :])
         rows = self.example_rows(shown, mix, torch.cat([by_name, self.embedder.own_rows(rivals)]))
-        both = torch.cat([rows, by_name])
-        return self.set_classes([*asked.values()], embeddings=both, split_blind=split_blind, alone=alone)
+        return self.set_classes(
+            [*asked.values()], embeddings=torch.cat([rows, by_name]), split_blind=split_blind, alone=alone
+        )
 
     def example_rows(self, examples: Examples, mix: float, others: Tensor) -> Tensor:
         """(K, D) rows of classes, of their examples and names: as `set_examples`. others: (O, D), classes beside

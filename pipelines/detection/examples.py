@@ -110,8 +110,7 @@ def _of_annotations(file: Path, folder: Path) -> Examples:
     single = {number for number, crowd in zip(found.categories, found.crowd, strict=True) if not crowd}
     names = tuple(name for number, name in found.names.items() if number in single)
     split = load_split(file, folder, Protocol("examples", names, (), min_image_side_px=1), base_only=True)
-    for line in split.skips.lines():
-        log(line)
+    log(*split.skips.lines())
     if missing := [image.file_name for image in split.images if not split.path(image).is_file()]:
         raise HdovdError(
             f"--examples {file}: not in {folder}: {len(missing)} of {len(split.images)} pictures "

@@ -283,9 +283,12 @@ def _open_torchscript(file: Path) -> tuple[Run, dict[str, str]]:
 
 
 def _write_safetensors(model: Model, _: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
-    state = model.state_dict()
     save_file(
-        {name: value.contiguous() for name, value in state.items() if not name.startswith(model.training_parts)},
+        {
+            name: value.contiguous()
+            for name, value in model.state_dict().items()
+            if not name.startswith(model.training_parts)
+        },
         file,
         carried,
     )

@@ -132,8 +132,7 @@ def take(model: Detector, state: Mapping[str, Tensor], published: Published, fil
             unknown.append(name)
     rest = [name for name in own if name not in found]
     anew = {name: why for name in rest if (why := _why(name, published.anew))}
-    missing = [name for name in rest if name not in anew]
-    if problems := misfits(missing, unknown, wrong):
+    if problems := misfits([name for name in rest if name not in anew], unknown, wrong):
         raise HdovdError(
             f"{file} does not fit detector {model.recipe.detector.name} of this recipe:\n  " + "\n  ".join(problems)
         )

@@ -272,7 +272,6 @@ def run_lines(runs: Sequence[Run]) -> list[str]:
         return ["no runs here: hdovd train --out RUN makes one"]
     groups = table_groups(runs)
     head = ("name", "settings", "levels", "seed", "epochs", *groups, "blind", "cache", "begun", "state")
-    apart = _apart(runs)
     rows = [
         (
             _name(run),
@@ -286,7 +285,7 @@ def run_lines(runs: Sequence[Run]) -> list[str]:
             f"{run.date:%Y-%m-%d %H:%M}",
             str(run.state),
         )
-        for run, settings in zip(runs, apart, strict=True)
+        for run, settings in zip(runs, _apart(runs), strict=True)
     ]
     lines = table_lines(head, rows, set(head) - WORDS)
     metric = metric_of(runs)
@@ -352,9 +351,8 @@ def difference_lines(a: Path, b: Path) -> list[str]:
     ]
     head = f"{metric_of([first, second])}, percent"
     lines += ["", *(_ap_lines(head, groups) if groups else ["AP: none of the two is evaluated"])]
-    novel = first.protocol.get("novel", ())
     if classes := [
-        (name + (" (novel)" if name in novel else ""), x, y)
+        (name + (" (novel)" if name in first.protocol.get("novel", ()) else ""), x, y)
         for name, x in first.per_class.items()
         if x is not None and (y := second.per_class.get(name)) is not None and x != y
     ]:

@@ -237,8 +237,9 @@ def _duplicates(config: SearchConfig, searched: Searched, chosen: Choice) -> lis
     for cosine, pair in alike_pairs(normalised_rows(rows), groups, config.count, config.least).pairs():
         first, second = numbers[pair].tolist()
         if of_pictures:
-            box = (0.0, 0.0, *cache.image_size(first))
-            hits.append(Hit(first, None, box, "picture", "", None, cosine, str(second)))
+            hits.append(
+                Hit(first, None, (0.0, 0.0, *cache.image_size(first)), "picture", "", None, cosine, str(second))
+            )
         else:
             hits.append(searched.hit(first, cosine, searched.hit(second, cosine).place))
     return hits
@@ -354,8 +355,9 @@ def _embed_picture(clip: Teacher, cache: FeatureCache, file: Path, data: bytes |
     picture = decode(file if data is None else data)
     left, top, wide, high = box or (0, 0, picture.width, picture.height)
     if not (0 <= left < left + wide <= picture.width and 0 <= top < top + high <= picture.height):
-        size = f"{picture.width}x{picture.height}"
-        raise HdovdError(f"--box {left:g},{top:g},{wide:g},{high:g} is not within {file}, which is {size}")
+        raise HdovdError(
+            f"--box {left:g},{top:g},{wide:g},{high:g} is not within {file}, which is {picture.width}x{picture.height}"
+        )
     height, width = picture.pixels.shape[1:]  # fewer than the picture's, if it is a large one
     scale = np.array([width / picture.width, height / picture.height] * 2, np.float32)
     boxes = scale * np.array([[left, top, left + wide, top + high]], np.float32)

@@ -128,8 +128,7 @@ class Searching:
             source=one(texts, "source", BoxSource, None),
             count=max(1, min(one(texts, "count", int, 20), MOST_HITS)),
         )
-        hits = found(asked, self._searched, pictures)
-        return {"hits": [asdict(hit) | {"crop": self._crop(hit)} for hit in hits]}
+        return {"hits": [asdict(hit) | {"crop": self._crop(hit)} for hit in found(asked, self._searched, pictures)]}
 
     def picture(self, image_id: int) -> dict[str, Any]:
         """A picture of the cache, as a data: address. Raises HdovdError."""
@@ -150,8 +149,10 @@ def fitting(data: bytes, max_megapixels: float) -> bytes:
         if file.format not in KINDS:
             raise HdovdError(f"is {file.format}, expected one of {', '.join(KINDS)}")
         if file.width * file.height > 1e6 * max_megapixels:
-            most = f"{max_megapixels:g} million that are taken here"
-            raise HdovdError(f"has {file.width}x{file.height} pixels, more than the {most}: make it smaller")
+            raise HdovdError(
+                f"has {file.width}x{file.height} pixels, more than the {max_megapixels:g} million that are taken here: "
+                f"make it smaller"
+            )
     return data
 
 

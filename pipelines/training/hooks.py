@@ -17,6 +17,7 @@ import json
 import sys
 import time
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,8 +87,10 @@ def fits(folder: Path) -> Iterator[None]:
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """Of this process."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    return {
+        "cpu": torch.get_rng_state(),
+        **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}),
+    }
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
@@ -236,8 +239,9 @@ class RunHooks(SavingHooks):
             self.failed += 1
             kind = "" if isinstance(error, HdovdError) else f"{type(error).__name__}: "
             line = f"NOT validated, and training goes on: {kind}{error}"
-        values = {f"val_{group}": value for group, value in ap50.items()}
-        self._record({"step": loop.step_number, "epoch": epoch, **values})
+        self._record(
+            {"step": loop.step_number, "epoch": epoch} | {f"val_{group}": value for group, value in ap50.items()}
+        )
         base = ap50["base"]
         if base is not None and base > self.best:
             self.best = base
@@ -252,11 +256,10 @@ class RunHooks(SavingHooks):
 
 def line_of(entry: dict[str, float], left_s: float) -> str:
     """An interval in one line: losses by level, learning rate, speed, waiting for data, memory, time left."""
-    parts: dict[str, float] = {}
+    parts = defaultdict[str, float](float)
     for name, value in entry.items():
         if name not in PLAIN:
-            level = name.partition("_")[0]
-            parts[level] = parts.get(level, 0.0) + value
+            parts[name.partition("_")[0]] += value
     losses = ", ".join(f"{level} {value:.3f}" for level, value in parts.items())
     return (
         f"epoch {entry['epoch']:.0f} step {entry['step']:.0f}: loss {sum(parts.values()):.3f} ({losses}), lr "

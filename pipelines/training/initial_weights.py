@@ -22,7 +22,7 @@ from hdovd.core.log import log
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.pipelines.evaluation.evaluate import load_detector
-from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
+from hdovd.pipelines.runs.folder import RunFolder, Weights, init_hash
 from hdovd.pipelines.runs.import_checkpoint import misfits
 
 SAME_TEXT = 0.999  # cosine of two embeddings of a name by one CLIP and the same prompts; float16 rows differ by less
@@ -69,11 +69,6 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor) -
         "begun_anew": anew,
         "unused": unused,
     }
-
-
-def init_hash(init: Path) -> str:
-    """What tells the weights of a run from others. Raises HdovdError if it has none."""
-    return weights_hash(RunFolder.open(init).path / Weights.LAST.file)
 
 
 def require_same_init(init: Path | None, run: RunFolder) -> None:
@@ -143,13 +138,10 @@ def _matched(model: Detector, source: Detector, init: Path) -> tuple[dict[str, T
         for name, value in found.items()
         if value.shape != ours[name].shape
     ]
-    missing = _of_detector(anew, model, source.recipe)
-    unknown = _of_detector(unused, source, model.recipe)
-    if problems := misfits(missing, unknown, wrong):
-        lines = _detector_lines(model.recipe, source.recipe, init.name)
+    if problems := misfits(_of_detector(anew, model, source.recipe), _of_detector(unused, source, model.recipe), wrong):
         raise HdovdError(
             f"--init {init}: its {Weights.LAST.file} does not fit this recipe:\n  "
-            + "\n  ".join([*problems, *lines])
+            + "\n  ".join([*problems, *_detector_lines(model.recipe, source.recipe, init.name)])
             + f"\nGive the detector's values of {init / 'config.toml'} (it can be the --recipe), or another run"
         )
     return found, anew, unused

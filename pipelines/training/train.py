@@ -130,8 +130,7 @@ def train_on(
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
     validation = _validation(job, protocol, class_embeddings, us)
     torch.manual_seed(recipe.train.seed)
-    anew = state is None and job.init is None
-    model = prepared(build_detector(recipe, data.dim, initialise=anew), recipe, us)
+    model = prepared(build_detector(recipe, data.dim, initialise=state is None and job.init is None), recipe, us)
     if state is None:
         if job.init is not None:
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings)
@@ -278,12 +277,11 @@ def batches_of(
     if layout is not None:
         streams = Streams(layout["streams"], layout["unit"])
     order = data.order(streams)
-    first = data.image_ids()[order.indices(0)].tobytes()
     found = {
         "streams": streams.count,
         "unit": streams.unit,
         "images": len(data),
-        "order": sha256(first).hexdigest()[:16],
+        "order": sha256(data.image_ids()[order.indices(0)].tobytes()).hexdigest()[:16],
     }
     if layout is not None and found != layout:
         raise HdovdError(

@@ -234,8 +234,7 @@ class TarTrainingSet(Dataset[Sample]):
             raise HdovdError(
                 f"{self.url} has no text embedding of {missing[:8]}: extract and export with the same --protocol"
             )
-        rows: np.ndarray = self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]]
-        return rows
+        return np.asarray(self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]])
 
     def object_text(self) -> Tensor | None:
         """(D,) the text embedding of "object", None if there is none. Raises HdovdError for one that is damaged."""
@@ -262,8 +261,7 @@ class TarTrainingSet(Dataset[Sample]):
 
     def image_ids(self) -> np.ndarray:
         """(n,) int64, by index."""
-        ids: np.ndarray = self._meta.tensors["image_id"][self._places].astype(np.int64)
-        return ids
+        return np.asarray(self._meta.tensors["image_id"][self._places].astype(np.int64))
 
     def order(self, streams: Streams) -> EpochOrder:
         """How an epoch goes over the images."""

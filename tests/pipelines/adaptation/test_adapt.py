@@ -33,7 +33,7 @@ from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
 from hdovd.data.targets import Targets
 from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.adaptation import adapt as stage
-from hdovd.pipelines.adaptation.adapt import adapt
+from hdovd.pipelines.adaptation.adapt import adapt, retention
 from hdovd.pipelines.adaptation.config import AdaptConfig
 from hdovd.pipelines.adaptation.data import (
     MOST_EPOCHS,
@@ -46,7 +46,6 @@ from hdovd.pipelines.adaptation.data import (
     planned,
     with_taught,
 )
-from hdovd.pipelines.adaptation.retention import retention
 from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.dataloading.sampler import Draw, Streams
 from hdovd.pipelines.demo.world import BASE, NOVEL, make_world
