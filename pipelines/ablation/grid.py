@@ -261,9 +261,8 @@ def gap_closed(value: float | None, base_only: float | None, oracle: float | Non
 
 def column_texts(values: Sequence[Any]) -> list[str]:
     """Of one column: ticks for switches."""
-    if all(isinstance(value, bool) for value in values):
-        return [YES if value else NO for value in values]
-    return shown_apart(values)
+    switches = all(isinstance(value, bool) for value in values)
+    return [YES if value else NO for value in values] if switches else shown_apart(values)
 
 
 def note(runs: Sequence[Run], seeds: int, made_of: Mapping[str, str]) -> str:

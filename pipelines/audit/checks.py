@@ -297,8 +297,9 @@ def _judge_shared_ids(
         if mine is not None and mine.is_file() and other.is_file():
             same, sure = mine in hashes and hashes[mine] == hashes.get(other), True
         else:
-            same = image_id in annotated if mine is None else audited.truth.images[image_id] == val.images[image_id]
-            sure = same
+            same = sure = (
+                image_id in annotated if mine is None else audited.truth.images[image_id] == val.images[image_id]
+            )
         if not sure:
             unseen.append(image_id)
         elif same:

@@ -198,10 +198,11 @@ def found(config: SearchConfig, searched: Searched, pictures: Mapping[str, bytes
     if config.suspicious:
         return _suspicious(config, searched, chosen)
     index = RowIndex(searched.cache, "--features", config.features) if config.index else None
-    if config.is_query:
-        query, sign = query_of(config, searched, pictures), 1
-    else:
-        query, sign = normalised_rows(mean_row(searched.cache, chosen)[None])[0], -1
+    query, sign = (
+        (query_of(config, searched, pictures), 1)
+        if config.is_query
+        else (normalised_rows(mean_row(searched.cache, chosen)[None])[0], -1)
+    )
     best = (index.best if index else partial(nearest_rows, searched.cache))(sign * query, config.count, chosen)
     return [searched.hit(row, sign * value) for value, row in best.pairs()]
 

@@ -348,9 +348,8 @@ class _Clock:
 
 def memory_gb(device: torch.device) -> float:
     """The most memory so far, in 10^9 bytes: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    on_cpu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else on_cpu) / 1e9
 
 
 def build_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Optimizer:

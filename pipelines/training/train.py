@@ -273,9 +273,11 @@ def batches_of(
     """
     config = data.recipe.train
     workers = training_workers(us.device, config.workers)
-    streams = Streams(max(1, workers) * us.world, max(1, min(config.batch_size, len(data)) // us.world))
-    if layout is not None:
-        streams = Streams(layout["streams"], layout["unit"])
+    streams = (
+        Streams(max(1, workers) * us.world, max(1, min(config.batch_size, len(data)) // us.world))
+        if layout is None
+        else Streams(layout["streams"], layout["unit"])
+    )
     order = data.order(streams)
     found = {
         "streams": streams.count,

@@ -60,9 +60,8 @@ class TrainingSet(Dataset[Sample]):
         self.images = [image for image in split.images if image.id not in failed]
         tell_failed(failed, len(self.images), "the cache says", f"of {split.annotations} has embeddings in {cache.url}")
         self.images = repeated(self.images, recipe)
-        self.nouns = torch.zeros(0, cache.dim)
-        if uses_nouns(recipe.loss, cache.levels(), cache.url):
-            self.nouns = torch.from_numpy(cache.embeddings(Level.NOUN))
+        named = uses_nouns(recipe.loss, cache.levels(), cache.url)
+        self.nouns = torch.from_numpy(cache.embeddings(Level.NOUN)) if named else torch.zeros(0, cache.dim)
 
     def _check(self) -> None:
         loss, cache = self.recipe.loss, self.cache
@@ -169,9 +168,9 @@ class TarTrainingSet(Dataset[Sample]):
             range(end - len(some), end) for some, end in zip(per_shard, accumulate(map(len, per_shard)), strict=True)
         )
         tell_failed(failed, len(self._places), "the shards say", f"of {url} has embeddings")
-        self.nouns = torch.zeros(0, self.dim)
-        if uses_nouns(recipe.loss, self._meta.products, self.url):
-            self.nouns = torch.from_numpy(self._meta.tensors[Level.NOUN].astype(np.float32))
+        named = uses_nouns(recipe.loss, self._meta.products, self.url)
+        rows = self._meta.tensors[Level.NOUN] if named else np.zeros((0, self.dim))
+        self.nouns = torch.from_numpy(rows.astype(np.float32))
         self.dealing: Dealing | None = None
         self._reading: ShardReading | None = None
 
