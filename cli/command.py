@@ -3,7 +3,7 @@ takes."""
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from types import UnionType
@@ -44,22 +44,18 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _fields(config: type) -> list[Field]:
+def _fields(config: type) -> Iterator[Field]:
     """Name, parameters and value of every field that options make."""
     hints = get_type_hints(config, localns={"Recipe": Any}, include_extras=True)
-    found: list[Field] = []
     for field in dataclasses.fields(config):
         kind, *notes = (
             get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (hints[field.name],)
         )
         for note in notes:
             if isinstance(note, Group):
-                found.append(
-                    (field.name, [_parameter(name, *given) for name, given in note.options.items()], note.build)
-                )
+                yield field.name, [_parameter(name, *given) for name, given in note.options.items()], note.build
             elif isinstance(note, Option):
-                found.append(_field(field, kind, note))
-    return found
+                yield _field(field, kind, note)
 
 
 def _field(field: dataclasses.Field[Any], kind: Any, option: Option) -> Field:

@@ -190,14 +190,16 @@ def class_lists(audited: Audited, found: Check) -> str:
     if Level.CLASS in audited.cache.levels():
         names = audited.cache.names(Level.CLASS)
         found.leaks += [
-            f"the cache has text embeddings of {lone!r}, which {called} does not name"
-            for lone in names
-            if lone not in protocol.names
-        ]
-        found.leaks += [
-            f"{called} names {lone!r}, which the cache's class level does not have"
-            for lone in protocol.names
-            if lone not in names
+            *(
+                f"the cache has text embeddings of {lone!r}, which {called} does not name"
+                for lone in names
+                if lone not in protocol.names
+            ),
+            *(
+                f"{called} names {lone!r}, which the cache's class level does not have"
+                for lone in protocol.names
+                if lone not in names
+            ),
         ]
     else:
         found.unknown.append("the cache has no class level, so which classes it was made for is not known")

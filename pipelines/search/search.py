@@ -70,22 +70,38 @@ class Hit:
 
 def write_results(file: Path, hits: Sequence[Hit]) -> None:
     """COCO results form, with the names that `hdovd export-labels` takes."""
-    found = []
-    for hit in hits:
-        left, top, right, bottom = hit.box
-        about = {"image_id": hit.image_id, "category_id": 1, "name": hit.name, "other": hit.other}
-        found.append(about | {"bbox": [left, top, right - left, bottom - top], "score": hit.cosine})
-    write_text(file, json.dumps(found))
+    results = [
+        {
+            "image_id": hit.image_id,
+            "category_id": 1,
+            "name": hit.name,
+            "other": hit.other,
+            "bbox": [left, top, right - left, bottom - top],
+            "score": hit.cosine,
+        }
+        for hit in hits
+        for left, top, right, bottom in [hit.box]
+    ]
+    write_text(file, json.dumps(results))
     log(f"wrote {file}")
 
 
 def search_lines(hits: Sequence[Hit], config: SearchConfig) -> list[str]:
     """The hits as a table for a terminal."""
-    rows = []
-    for number, hit in enumerate(hits, 1):
-        score, other = (f"{value:.3f}" if value is not None else "-" for value in (hit.score, hit.other_cosine))
-        box, name = ", ".join(f"{value:.0f}" for value in hit.box), hit.name or "-"
-        rows.append((f"{number}", f"{hit.cosine:.3f}", hit.place, hit.source, name, score, box, hit.other, other))
+    rows = [
+        (
+            str(number),
+            f"{hit.cosine:.3f}",
+            hit.place,
+            hit.source,
+            hit.name or "-",
+            "-" if hit.score is None else f"{hit.score:.3f}",
+            ", ".join(f"{value:.0f}" for value in hit.box),
+            hit.other,
+            "-" if hit.other_cosine is None else f"{hit.other_cosine:.3f}",
+        )
+        for number, hit in enumerate(hits, 1)
+    ]
     columns = len(HEAD) - (not config.suspicious) - (config.is_query or config.untypical is not None)
     lines = table_lines(HEAD[:columns], [row[:columns] for row in rows], NUMBERS)
     return lines if rows else [f"nothing found: {config.question}"]

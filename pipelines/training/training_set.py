@@ -135,8 +135,9 @@ class TrainingSet(Dataset[Sample]):
                     f"{base.tolist()}, expected {image.annotation_ids.tolist()}: run extract-clip again"
                 )
         whole = self.cache.image_embedding(image.id) if self.recipe.loss.image.enabled else None
-        where = f"{self.cache.url}: image {image.id}"
-        targets = make_targets(image.boxes, image.labels, rows, whole, self.nouns, self.cache.dim, where)
+        targets = make_targets(
+            image.boxes, image.labels, rows, whole, self.nouns, self.cache.dim, f"{self.cache.url}: image {image.id}"
+        )
         return targets if image.judged is None else replace(targets, judged=torch.from_numpy(image.judged))
 
 
@@ -372,26 +373,21 @@ def make_targets(
     boxes (n, 4) float32 and labels (n,) int64 of the base boxes; rows: theirs, in this order, and the proposals';
     image_embedding (D,) float16; nouns (K, D) float32, no rows if pseudo boxes have none.
     """
-    base_boxes, base_labels, embeddings = (
-        torch.from_numpy(boxes),
-        torch.from_numpy(labels),
-        torch.zeros(len(boxes), dim),
-    )
-    pseudo_boxes, pseudo_embeddings, pseudo_texts = torch.zeros(0, 4), torch.zeros(0, dim), torch.zeros(0, dim)
+    embeddings, pseudo_boxes = torch.zeros(len(boxes), dim), torch.zeros(0, 4)
+    pseudo_embeddings, pseudo_texts = torch.zeros(0, dim), torch.zeros(0, dim)
     if rows is not None:
         require_unit(rows.embedding, f"{where}, instance level")
-        base, proposals = rows.base_boxes(), rows.proposals()
-        embeddings = _normalised(base.embedding)
-        if len(nouns):
+        proposals = rows.proposals()
+        if len(nouns):  # else the instance level alone: no noun, no weight in text space
             proposals = proposals.select(proposals.noun >= 0)
-            pseudo_texts = _texts(proposals, nouns)
-        else:  # instance level alone: no noun, no weight in text space
-            pseudo_texts = torch.zeros(len(proposals.box), dim)
-        pseudo_boxes, pseudo_embeddings = torch.from_numpy(proposals.box), _normalised(proposals.embedding)
+        embeddings, pseudo_embeddings = _normalised(rows.base_boxes().embedding), _normalised(proposals.embedding)
+        pseudo_boxes = torch.from_numpy(proposals.box)
+        pseudo_texts = _texts(proposals, nouns) if len(nouns) else torch.zeros(len(proposals.box), dim)
     if image_embedding is not None:
         require_unit(image_embedding[None], f"{where}, image level")
     whole = torch.zeros(dim) if image_embedding is None else _normalised(image_embedding)
-    return Targets(base_boxes, base_labels, embeddings, pseudo_boxes, pseudo_embeddings, pseudo_texts, whole)
+    base = torch.from_numpy(boxes), torch.from_numpy(labels)
+    return Targets(*base, embeddings, pseudo_boxes, pseudo_embeddings, pseudo_texts, whole)
 
 
 def _texts(rows: InstanceRows, nouns: Tensor) -> Tensor:
