@@ -7,7 +7,7 @@ n rows of a block, K base classes, D embedding size.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache as once, partial
@@ -210,9 +210,9 @@ def found(config: SearchConfig, searched: Searched, pictures: Mapping[str, bytes
     """The hits in a set that is open, best first. pictures: as `query_of` takes them. Raises HdovdError."""
     chosen = _choice(config, searched)
     if config.duplicates is not None:
-        return _duplicates(config, searched, chosen)
+        return list(_duplicates(config, searched, chosen))
     if config.suspicious:
-        return _suspicious(config, searched, chosen)
+        return list(_suspicious(config, searched, chosen))
     index = RowIndex(searched.cache, "--features", config.features) if config.index else None
     query, sign = (
         (query_of(config, searched, pictures), 1)
@@ -223,9 +223,9 @@ def found(config: SearchConfig, searched: Searched, pictures: Mapping[str, bytes
     return [searched.hit(row, sign * value) for value, row in best.pairs()]
 
 
-def _suspicious(config: SearchConfig, searched: Searched, chosen: Choice) -> list[Hit]:
+def _suspicious(config: SearchConfig, searched: Searched, chosen: Choice) -> Iterator[Hit]:
     """Base boxes whose crop is more like the text of another base class than that of their own, by how much."""
-    texts, hits = normalised_rows(searched.cache.class_embeddings(searched.names)), list[Hit]()
+    texts = normalised_rows(searched.cache.class_embeddings(searched.names))
 
     def excess(rows: InstanceRows, cosines: np.ndarray) -> np.ndarray:
         own, every = searched.labels_of(rows), np.arange(len(cosines))
@@ -238,13 +238,12 @@ def _suspicious(config: SearchConfig, searched: Searched, chosen: Choice) -> lis
         rows = searched.cache.rows_between(row, row + 1)
         cosines, own = texts @ normalised_rows(rows.embedding)[0], searched.labels_of(rows)[0]
         other = int(cosines.argmax())
-        hits.append(searched.hit(row, float(cosines[own]), searched.names[other], float(cosines[other])))
-    return hits
+        yield searched.hit(row, float(cosines[own]), searched.names[other], float(cosines[other]))
 
 
-def _duplicates(config: SearchConfig, searched: Searched, chosen: Choice) -> list[Hit]:
+def _duplicates(config: SearchConfig, searched: Searched, chosen: Choice) -> Iterator[Hit]:
     """Pairs of pictures, or of boxes of two pictures."""
-    cache, of_pictures, hits = searched.cache, config.duplicates is Duplicates.PICTURES, list[Hit]()
+    cache, of_pictures = searched.cache, config.duplicates is Duplicates.PICTURES
     if of_pictures:
         numbers = groups = cache.image_ids()
         rows = np.stack([cache.image_embedding(image_id) for image_id in numbers.tolist()])
@@ -254,12 +253,9 @@ def _duplicates(config: SearchConfig, searched: Searched, chosen: Choice) -> lis
     for cosine, pair in alike_pairs(normalised_rows(rows), groups, config.count, config.least).pairs():
         first, second = numbers[pair].tolist()
         if of_pictures:
-            hits.append(
-                Hit(first, None, (0.0, 0.0, *cache.image_size(first)), "picture", "", None, cosine, str(second))
-            )
+            yield Hit(first, None, (0.0, 0.0, *cache.image_size(first)), "picture", "", None, cosine, str(second))
         else:
-            hits.append(searched.hit(first, cosine, searched.hit(second, cosine).place))
-    return hits
+            yield searched.hit(first, cosine, searched.hit(second, cosine).place)
 
 
 def _choice(config: SearchConfig, searched: Searched) -> Choice:

@@ -5,7 +5,7 @@ classes, so the protocols may differ. Nothing is left at its initial value, and 
 D embedding size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,17 +167,16 @@ def _detector_lines(asked: Recipe, there: Recipe, name: str) -> list[str]:
     return differences(ours, theirs, "detector.", sides=("this recipe", name))
 
 
-def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) -> list[str]:
+def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) -> Iterator[str]:
     """What is to be known of the classes that `init` was trained with."""
-    before, notes = run.protocol(), []
-    before = before.all_base() if run.saw_novel else before
+    before = run.protocol().all_base() if run.saw_novel else run.protocol()
     if seen := [name for name in before.base if name in protocol.novel]:
-        notes.append(
+        yield (
             f"{init} was trained with boxes of {len(seen)} classes that are novel in protocol {protocol.name} "
             f"({shorten([*seen], 4)}): what is found of them is no open-vocabulary result"
         )
     elif set(before.base) != set(protocol.base):
-        notes.append(
+        yield (
             f"the base classes of {init} are others ({len(before.base)}, now {len(protocol.base)}); no weight depends "
             f"on them"
         )
@@ -185,12 +184,9 @@ def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) 
     rows = run.class_embeddings()[[before.names.index(name) for name in names]]
     cosine = F.cosine_similarity(rows, texts.cpu()[[protocol.names.index(name) for name in names]], dim=1)
     if not names:
-        notes.append(
-            f"{init} has no class name of this protocol: whether it was trained with the same CLIP cannot be told"
-        )
+        yield f"{init} has no class name of this protocol: whether it was trained with the same CLIP cannot be told"
     elif float(cosine.min()) < SAME_TEXT:
-        notes.append(
+        yield (
             f"the class embeddings of {init} are others (cosine {cosine.min():.3f} to {cosine.max():.3f} over "
             f"{len(names)} names): another CLIP, or other prompts"
         )
-    return notes
