@@ -47,18 +47,17 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor) -
     own = memories_of(model)
     unused += [name for name in memories_of(source) if name not in own]
     model.load_state_dict(found, strict=False)
-    log(f"--init {init}: {len(found)} tensors of its {Weights.LAST.file} are what the model begins with")
-    if own:
-        log(f"begin anew: {len(own)} memories of the losses ({shorten([*own], 4)})")
-    if anew:
-        log(f"not in {init}: {len(anew)} tensors begin at their initial values ({shorten([*anew], 4)})")
-    if unused:
-        log(
-            f"not used of {init}: {len(unused)} tensors, of parts that this recipe does without "
-            f"({shorten([*unused], 4)})"
-        )
+    told = {
+        f"begin anew: {len(own)} memories of the losses": own,
+        f"not in {init}: {len(anew)} tensors begin at their initial values": anew,
+        f"not used of {init}: {len(unused)} tensors, of parts that this recipe does without": unused,
+    }
     notes = (*_detector_lines(model.recipe, source.recipe, str(init)), *_class_notes(run, init, protocol, texts))
-    log(*(f"note: {note}" for note in notes))
+    log(
+        f"--init {init}: {len(found)} tensors of its {Weights.LAST.file} are what the model begins with",
+        *(f"{what} ({shorten([*names], 4)})" for what, names in told.items() if names),
+        *(f"note: {note}" for note in notes),
+    )
     return {
         "run": str(run.path.resolve()),
         "weights": Weights.LAST.file,
