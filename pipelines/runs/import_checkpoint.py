@@ -95,9 +95,7 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, value in state.items()
     }
     kinds = Counter(str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point())
-    for kind, count in kinds.items():
-        if kind != "float32":
-            log(f"{count} tensors are {kind}: made float32")
+    log(*(f"{count} tensors are {kind}: made float32" for kind, count in kinds.items() if kind != "float32"))
     if bad := [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise HdovdError(
             f"{file} holds numbers that are not finite, in {shorten(list(bad))}: the training that wrote it failed"

@@ -361,9 +361,10 @@ def build_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Opt
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     spared = {name for name in named for pattern in getattr(model, "undecayed", ()) if fnmatch(name, pattern)}
-    groups: list[dict[str, Any]] = [{"params": [p for name, p in named.items() if name not in spared]}]
-    if spared:
-        groups.append({"params": [p for name, p in named.items() if name in spared], "weight_decay": 0.0})
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in named.items() if name not in spared]},
+        *([{"params": [named[name] for name in named if name in spared], "weight_decay": 0.0}] if spared else []),
+    ]
     fused = next(iter(named.values())).device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":
         return torch.optim.SGD(
