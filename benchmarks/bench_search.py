@@ -26,7 +26,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import PART_ROWS, Level
 from hdovd.cache.writer import ProductWriter
 from hdovd.pipelines.common.console import size
-from hdovd.pipelines.search.scan import BLOCK_ROWS, best_rows
+from hdovd.pipelines.search.nearest import BLOCK_ROWS, best_rows
 
 ROWS_PER_IMAGE = 35
 

@@ -3,7 +3,7 @@ takes."""
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from types import UnionType
@@ -44,27 +44,22 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _fields(config: type) -> list[Field]:
+def _fields(config: type) -> Iterator[Field]:
     """Name, parameters and value of every field that options make."""
     hints = get_type_hints(config, localns={"Recipe": Any}, include_extras=True)
-    found: list[Field] = []
     for field in dataclasses.fields(config):
         kind, *notes = (
             get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (hints[field.name],)
         )
         for note in notes:
             if isinstance(note, Group):
-                found.append(
-                    (field.name, [_parameter(name, *given) for name, given in note.options.items()], note.build)
-                )
+                yield field.name, [_parameter(name, *given) for name, given in note.options.items()], note.build
             elif isinstance(note, Option):
-                found.append(_field(field, kind, note))
-    return found
+                yield _field(field, kind, note)
 
 
 def _field(field: dataclasses.Field[Any], kind: Any, option: Option) -> Field:
     """A field of one option: text is parsed, lists become tuples, and what is not given keeps the field's default."""
-    name = field.name
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
     parts = (
         [part for part in get_args(kind) if part is not type(None)]
@@ -81,14 +76,12 @@ def _field(field: dataclasses.Field[Any], kind: Any, option: Option) -> Field:
         kind = str
 
     def build(given: dict[str, Any]) -> Any:
-        value = given[name]
-        if option.parse is not None:
-            return value if value is None else option.parse(value)
-        if many:
-            return field.default if value is None else tuple(value)
-        return value
+        value = given[field.name]
+        if value is None:
+            return field.default if many else None
+        return option.parse(value) if option.parse is not None else tuple(value) if many else value
 
-    return name, [_parameter(name, kind, default, option)], build
+    return field.name, [_parameter(field.name, kind, default, option)], build
 
 
 def _parameter(name: str, kind: Any, default: Any, option: Option) -> inspect.Parameter:

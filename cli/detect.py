@@ -16,8 +16,7 @@ def detect(config: DetectConfig) -> None:
     from hdovd.pipelines.detection.detect import detect as run, detect_lines
 
     result = run(config)
-    for line in [*detect_lines(result), *(f"wrote {file}" for file in result.files)]:
-        typer.echo(line)
+    typer.echo("\n".join([*detect_lines(result), *(f"wrote {file}" for file in result.files)]))
     if result.stopped:
         raise typer.Exit(exit_code(result.stopped))
     if not result.images and not result.videos:

@@ -11,12 +11,12 @@ def eval(config: EvalConfig) -> None:
     """Writes metrics.json and detections.json (COCO results form) into RUN; with --examples into RUN/examples, see
     docs/DETECT.md; with --before retention.json.
     """
-    from hdovd.pipelines.detection.evaluate_examples import evaluate_examples
+    from hdovd.pipelines.detection.detector import evaluate_examples
     from hdovd.pipelines.evaluation.evaluate import class_table, error_table, evaluate, result_table
     from hdovd.pipelines.transfer.transfer import zero_shot
 
     if config.before is not None:
-        from hdovd.pipelines.adaptation.retention import compare
+        from hdovd.pipelines.adaptation.adapt import compare
 
         typer.echo(compare(config))
         return

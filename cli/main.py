@@ -38,38 +38,11 @@ def new_app(cls: type[TyperGroup] = Group, **settings: Any) -> typer.Typer:
     return typer.Typer(cls=cls, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **settings)
 
 
-class LazyGroup(Group):
-    """A group of commands that stand in files of their names. `table`: the first paragraph of each one's help, by
-    name. `folders`: of those that do not stand in `hdovd.cli` itself, by command.
+class _Commands(Group):
+    """The commands, that stand in files of their names. `table`: the first paragraph of each one's help, by name.
+    `folders`: of those that do not stand in `hdovd.cli` itself, by command.
     """
 
-    table: ClassVar[dict[str, str]]
-    folders: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        names: dict[str, Any] = dict(self.table)
-        self.commands = names  # what is listed, and what a mistyped name is compared with
-
-    def line_of(self, name: str) -> str:
-        return self.table[name]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import the command and put the words of the table before its own help."""
-        if cmd_name not in self.table:
-            return None
-        word = cmd_name.replace("-", "_")
-        module = import_module(".".join(["hdovd.cli", *self.folders.get(cmd_name, "").split(), word]))
-        app = getattr(module, "app", None)
-        if app is None:  # a single command
-            app = new_app()
-            app.command(cmd_name)(getattr(module, word))
-        command: Any = get_command(app)
-        command.help = f"{self.table[cmd_name]}\n\n{command.help or ''}"
-        return command
-
-
-class _Commands(LazyGroup):
     folders: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("cache", "runs", "proposals", "bench"), "groups"),
         **dict.fromkeys(("export", "export-labels", "import-checkpoint", "push"), "exchange"),
@@ -108,6 +81,27 @@ class _Commands(LazyGroup):
         "proposals": "Convert proposal files and look into them.",
         "bench": "Measure on this machine, on made-up data, what an extraction will cost.",
     }
+
+    def __init__(self, **settings: Any) -> None:
+        # What is listed, and what a mistyped name is compared with.
+        super().__init__(**settings | {"commands": dict(self.table)})
+
+    def line_of(self, name: str) -> str:
+        return self.table[name]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import the command and put the words of the table before its own help."""
+        if cmd_name not in self.table:
+            return None
+        word = cmd_name.replace("-", "_")
+        module = import_module(".".join(["hdovd.cli", *self.folders.get(cmd_name, "").split(), word]))
+        app = getattr(module, "app", None)
+        if app is None:  # a single command
+            app = new_app()
+            app.command(cmd_name)(getattr(module, word))
+        command: Any = get_command(app)
+        command.help = f"{self.table[cmd_name]}\n\n{command.help or ''}"
+        return command
 
 
 app = new_app(

@@ -15,8 +15,7 @@ def search(config: SearchConfig) -> None:
     Words and pictures are embedded by the set's own CLIP; --like and --embeddings need none. Every box is compared,
     unless --index is given. The data are those of the extraction unless they are given. See docs/SEARCH.md.
     """
-    from hdovd.pipelines.search.results import search_lines
-    from hdovd.pipelines.search.search import search as run
+    from hdovd.pipelines.search.search import search as run, search_lines
 
     hits = run(config)
     if any(hit.source == BoxSource.BASE and not hit.name for hit in hits):

@@ -121,7 +121,7 @@ def index(config: CacheSet) -> None:
 
     Needs pip install "hdovd[index]". It lies beside the rows in the cache, and goes with them. See docs/SEARCH.md.
     """
-    from hdovd.pipelines.search.index import index_rows
+    from hdovd.pipelines.search.nearest import index_rows
 
     index_rows(config)
 

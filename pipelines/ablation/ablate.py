@@ -38,7 +38,7 @@ from hdovd.pipelines.ablation.grid import (
 from hdovd.pipelines.calibration.values import with_reliability
 from hdovd.pipelines.common.process import Job, log_end, run_jobs, stop_signals, usable_cores
 from hdovd.pipelines.common.settings import SWITCH, lasting_values
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.folder import RunFolder, init_hash
 from hdovd.pipelines.runs.listing import ORACLE, read_run
 from hdovd.pipelines.training.config import TrainConfig
 
@@ -123,11 +123,7 @@ def plan(config: AblateConfig) -> list[Planned]:
     cells = cells_of(config.recipe, config.settings, config.grid, PRESETS[config.preset] if config.preset else ())
     if config.oracle:
         cells = with_arms(cells, config.recipe, config.all_settings)
-    init = None
-    if config.init is not None:
-        from hdovd.pipelines.training.initial_weights import init_hash
-
-        init = init_hash(config.init)
+    init = None if config.init is None else init_hash(config.init)
     plans = [
         Planned(
             cell,

@@ -43,10 +43,11 @@ class AuditReport:
         lines = ["audit", *(f"  {name:12s}{value}" for name, value in self.about.items()), ""]
         for check in self.checks:
             shown = len(check.details) if len(check.details) <= SHOWN + 1 else SHOWN
-            lines.append(f"{check.verdict:9s}{check.name:22s}{check.text}")
-            lines += [f"{'':31s}{detail}" for detail in check.details[:shown]]
-            if shown < len(check.details):
-                lines.append(f"{'':31s}and {len(check.details) - shown} more: --json lists all")
+            more = [f"and {len(check.details) - shown} more: --json lists all"] if shown < len(check.details) else []
+            lines += [
+                f"{check.verdict:9s}{check.name:22s}{check.text}",
+                *(f"{'':31s}{detail}" for detail in [*check.details[:shown], *more]),
+            ]
         verdict = f"{self.leaks} LEAK{'S' if self.leaks > 1 else ''}" if self.leaks else "no leak found"
         if self.unknown:
             verdict += f"; {self.unknown} of {len(self.checks)} checks could not be made in full"
@@ -54,12 +55,14 @@ class AuditReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        keys = ("name", "verdict", "text", "details", "numbers")
         return {
             "about": self.about,
             "leaks": self.leaks,
             "unknown": self.unknown,
-            "checks": [{key: getattr(check, key) for key in keys} for check in self.checks],
+            "checks": [
+                {key: getattr(check, key) for key in ("name", "verdict", "text", "details", "numbers")}
+                for check in self.checks
+            ],
         }
 
 

@@ -190,14 +190,16 @@ def class_lists(audited: Audited, found: Check) -> str:
     if Level.CLASS in audited.cache.levels():
         names = audited.cache.names(Level.CLASS)
         found.leaks += [
-            f"the cache has text embeddings of {lone!r}, which {called} does not name"
-            for lone in names
-            if lone not in protocol.names
-        ]
-        found.leaks += [
-            f"{called} names {lone!r}, which the cache's class level does not have"
-            for lone in protocol.names
-            if lone not in names
+            *(
+                f"the cache has text embeddings of {lone!r}, which {called} does not name"
+                for lone in names
+                if lone not in protocol.names
+            ),
+            *(
+                f"{called} names {lone!r}, which the cache's class level does not have"
+                for lone in protocol.names
+                if lone not in names
+            ),
         ]
     else:
         found.unknown.append("the cache has no class level, so which classes it was made for is not known")
@@ -297,8 +299,9 @@ def _judge_shared_ids(
         if mine is not None and mine.is_file() and other.is_file():
             same, sure = mine in hashes and hashes[mine] == hashes.get(other), True
         else:
-            same = image_id in annotated if mine is None else audited.truth.images[image_id] == val.images[image_id]
-            sure = same
+            same = sure = (
+                image_id in annotated if mine is None else audited.truth.images[image_id] == val.images[image_id]
+            )
         if not sure:
             unseen.append(image_id)
         elif same:

@@ -229,9 +229,8 @@ def _look(stages: _Stages) -> None:
     stages.run("report", "report", *runs, "--data", root / "world", "--out", root / "report")
     result.report = root / "report" / "index.html"
     detected = [root / "detected" / "pictures" / file.name for file in shown]
-    result.pictures = [*detected, view]
-    if stages.config.pictures is not None:
-        result.pictures = small_pictures(detected, view, stages.config.pictures)
+    small = stages.config.pictures
+    result.pictures = [*detected, view] if small is None else small_pictures(detected, view, small)
 
 
 def demo_table(result: DemoResult) -> str:

@@ -64,7 +64,8 @@ def demo_teacher(folder: Path, seed: int = 0) -> str:
         log(f"reusing the demo CLIP in {home}")
         return f"local-dir:{home}"
     log(line)
-    model = train_teacher(seed, in_bf16=precision is Precision.BF16)
+    images, captions = captioned_crops(scenes(_SCENES, seed + 1000, 0), seed)  # of its own, and none of the world's
+    model = fit_clip(images, captions, seed, steps=_STEPS, in_bf16=precision is Precision.BF16)
     partial = folder / f".{home.name}.{os.getpid()}"  # not mkdtemp's, which would be this user's alone
     save_clip(model, partial)
     try:
@@ -83,12 +84,6 @@ def save_clip(model: open_clip.CLIP, folder: Path, model_cfg: dict[str, Any] = M
         folder / "open_clip_config.json",
         json.dumps({"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS_CFG}, indent=2),
     )
-
-
-def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps: int = _STEPS) -> open_clip.CLIP:
-    """The demo's CLIP, trained on crops of scenes of its own."""
-    images, captions = captioned_crops(scenes(scene_count, seed + 1000, 0), seed)
-    return fit_clip(images, captions, seed, steps=steps, in_bf16=in_bf16)
 
 
 def fit_clip(

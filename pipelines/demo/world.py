@@ -332,9 +332,7 @@ def draw_scene(seed: int, index: int, pick: Callable[[str, np.random.Generator],
     width, height = (int(v) for v in rng.permutation((int(rng.integers(136, 177)), int(rng.integers(120, 145)))))
     ground = GROUNDS[rng.integers(len(GROUNDS))]
     image = paint_ground(ground, (width, height), rng)
-    boxes: list[tuple[float, ...]] = []
-    names: list[str] = []
-    wanted = int(rng.integers(2, 7))
+    boxes, names, wanted = list[tuple[float, ...]](), list[str](), int(rng.integers(2, 7))
     for _ in range(40):
         if len(boxes) == wanted:
             break

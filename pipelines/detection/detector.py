@@ -1,8 +1,10 @@
 """A trained run that finds things by any name: `Detector.from_run(path).set_classes([...])(picture)`.
 
-For Python, and `detect`. K names, D embedding size, n detections. `names` says where their text embeddings come from.
+For Python, and `detect`; `evaluate_examples` is `hdovd eval --examples`. K names, D embedding size, n detections.
+`names` says where their text embeddings come from.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,13 @@ from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector as Model
 from hdovd.modeling.batching import input_size, padded
 from hdovd.modeling.boxes import Detections, detect_batch
+from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.device import inference_autocast, pick_device
 from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
-from hdovd.pipelines.detection.examples import Examples, Shown, read_examples
-from hdovd.pipelines.detection.fitting import fit_rows
+from hdovd.pipelines.detection.examples import Examples, Shown, fit_rows, read_examples
 from hdovd.pipelines.detection.names import NameEmbedder
-from hdovd.pipelines.evaluation.config import SHOWN_SCORE
-from hdovd.pipelines.evaluation.evaluate import load_detector
+from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
+from hdovd.pipelines.evaluation.evaluate import EvalResult, evaluate_by, load_detector
 from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.runs.folder import RunFolder, Weights
 from hdovd.pipelines.teachers.prompts import folded
@@ -150,8 +152,9 @@ class Detector:
         rivals = [] if alone else [name for name in self.protocol.base if folded(name) not in asked]
         by_name = self.embedder.embed([*asked.values()][len(shown.names) :])
         rows = self.example_rows(shown, mix, torch.cat([by_name, self.embedder.own_rows(rivals)]))
-        both = torch.cat([rows, by_name])
-        return self.set_classes([*asked.values()], embeddings=both, split_blind=split_blind, alone=alone)
+        return self.set_classes(
+            [*asked.values()], embeddings=torch.cat([rows, by_name]), split_blind=split_blind, alone=alone
+        )
 
     def example_rows(self, examples: Examples, mix: float, others: Tensor) -> Tensor:
         """(K, D) rows of classes, of their examples and names: as `set_examples`. others: (O, D), classes beside
@@ -237,3 +240,42 @@ class Detector:
         return NamedDetections(
             found.boxes * scale, found.scores, found.labels, tuple(self.names[label] for label in found.labels.tolist())
         )
+
+
+def evaluate_examples(job: EvalConfig, source: Path) -> EvalResult:
+    """Evaluate a run by its protocol, with the rows of the examples `source` for the classes that have any; files go to
+    RUN/examples/NAME-MIX. Raises HdovdError for bad input, for examples of other classes than the protocol's, and
+    where results of other examples of that name lie.
+    """
+    job.check()
+    run, examples = RunFolder(job.run, job.trust), read_examples(source, job.example_images)
+    protocol, texts = run.protocol(), run.class_embeddings().float()
+    place = {folded(name): label for label, name in enumerate(protocol.names)}
+    if strange := [name for name in examples.names if folded(name) not in place]:
+        raise HdovdError(
+            f"--examples {source}: no classes of protocol {protocol.name}: {shorten(list(strange))}; hdovd "
+            f"detect looks for any"
+        )
+    out = run.path / "examples" / f"{source.absolute().name.removesuffix('.json')}-{job.mix:g}"
+    about = {
+        "examples": str(source.absolute()),
+        "mix": job.mix,
+        "classes": list(examples.names),
+        "weights": str(job.weights),
+    }
+    told = out / "examples.json"
+    if told.exists() and (was := json.loads(told.read_text())) | about != was:
+        raise HdovdError(
+            f"{out} holds results of {was['examples']} ({was.get('weights', 'last')} weights): move it away"
+        )
+    rows = [place[folded(name)] for name in examples.names]
+    others = [row for row in range(len(texts)) if row not in rows]
+    detector = Detector.from_run(
+        job.run, weights=job.weights, device=job.device, clip=job.clip, pretrained=job.pretrained, trust=job.trust
+    )
+    texts[rows] = detector.example_rows(examples, job.mix, texts[others])
+    del detector  # and CLIP
+    result = evaluate_by(job, protocol, texts, out)
+    write_text(told, json.dumps(about, indent=1))
+    result.files.append(told)
+    return result

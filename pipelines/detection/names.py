@@ -271,8 +271,11 @@ class NameEmbedder:
         texts = {name: str(said(name)) for name in others}
         asked = list(dict.fromkeys(texts.values()))
         files = {text: folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors" for text in asked}
-        kept = {name: kept_row(file, name, self.dim) for name, file in files.items() if identity}
-        found = {name: row for name, row in kept.items() if row is not None}
+        found = {
+            name: row
+            for name, file in files.items()
+            if identity and (row := kept_row(file, name, self.dim)) is not None
+        }
         new = self._by_clip([text for text in asked if text not in found], templates)
         if identity:
             keep_rows(files, new)
@@ -302,6 +305,5 @@ class NameEmbedder:
             raise HdovdError(
                 f"this CLIP embeds in {self._clip.dim} values, the run has {self.dim}: it is not the CLIP of the run"
             )
-        for note in self._clip.prompt_notes(names, templates):
-            log(note)
+        log(*self._clip.prompt_notes(names, templates))
         return dict(zip(names, self._clip.embed_names(names, templates).astype(np.float16), strict=True))

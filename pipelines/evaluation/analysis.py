@@ -316,8 +316,7 @@ def _check_weights(run: RunFolder, weights: Weights, metrics: dict[str, Any]) ->
     """Raises HdovdError if the detections are of weights that are no longer there, as far as the evaluation noted their
     hash.
     """
-    file, detections = run.path / weights.file, run.path / "detections.json"
-    again = f"run hdovd eval {run.path} --weights {weights.value} again"
+    file = run.path / weights.file
     if not file.is_file():
         raise HdovdError(
             f"{run.path} was evaluated with its {weights.value} weights, but has no {weights.file} any more: run hdovd "
@@ -326,7 +325,8 @@ def _check_weights(run: RunFolder, weights: Weights, metrics: dict[str, Any]) ->
     known = metrics.get("weights_hash")
     if known is not None and known != (now := weights_hash(file)):
         raise HdovdError(
-            f"{detections} is of weights {known}, but {file} are {now} now: the run was trained on since; {again}"
+            f"{run.path / 'detections.json'} is of weights {known}, but {file} are {now} now: the run was trained on "
+            f"since; run hdovd eval {run.path} --weights {weights.value} again"
         )
 
 

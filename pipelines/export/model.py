@@ -282,9 +282,12 @@ def _open_torchscript(file: Path) -> tuple[Run, dict[str, str]]:
 
 
 def _write_safetensors(model: Model, _: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
-    state = model.state_dict()
     save_file(
-        {name: value.contiguous() for name, value in state.items() if not name.startswith(model.training_parts)},
+        {
+            name: value.contiguous()
+            for name, value in model.state_dict().items()
+            if not name.startswith(model.training_parts)
+        },
         file,
         carried,
     )
@@ -394,14 +397,13 @@ def carried(
         "(detections,) int64, rows of texts. Threshold, NMS within each class and cap are inside, as in recipe "
         "[inference]."
     )
-    if batch:
-        about += (
-            " A batch: image is (pictures, 3, height, width); boxes, scores and labels have a row a picture, as many "
-            "detections of each; a score that is not over the threshold is 0."
-        )
+    of_batch = (
+        " A batch: image is (pictures, 3, height, width); boxes, scores and labels have a row a picture, as many "
+        "detections of each; a score that is not over the threshold is 0."
+    )
     values = {
         "hdovd": __version__,
-        "about": about,
+        "about": about + of_batch if batch else about,
         "class_names": json.dumps(names),
         "is_novel": json.dumps(is_novel.tolist()),
         "class_embeddings": base64.b64encode(texts.numpy().astype("<f4").tobytes()).decode(),

@@ -37,8 +37,7 @@ from hdovd.pipelines.common.tensors import load_tensors, save_tensors, tensors_h
 from hdovd.pipelines.dataloading.loader import Batches, TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing, Draw, PlainShuffle, is_flipped, key_of
 from hdovd.pipelines.proposals.config import Detector, ProposeConfig, require_network
-from hdovd.pipelines.runs.checkpoint import load_checkpoint
-from hdovd.pipelines.training.hooks import SavingHooks
+from hdovd.pipelines.training.hooks import SavingHooks, load_checkpoint
 from hdovd.pipelines.training.loop import Loop
 from hdovd.pipelines.training.train import data_parallel, prepared, told_shortly
 

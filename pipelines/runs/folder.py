@@ -10,7 +10,7 @@
     model.safetensors             weights and queues after the last finished epoch; with `train.ema` the averaged
                                   weights
     best.safetensors              the same of the epoch with the best validation AP of base classes
-    checkpoint.pt                 what `--resume` goes on from (see `checkpoint`)
+    checkpoint.pt                 what `--resume` goes on from (see `training/hooks.py`)
     stopped                       there while a run rests that a signal ended: it can go on
     log.jsonl, log.csv            losses, learning rate, speed and validation while training
     tracked.json                  how many entries of the log each tracker has been sent; their own files lie in
@@ -134,29 +134,30 @@ class RunFolder:
         rows = {"embeddings": class_embeddings.contiguous()}
         replace_file(path / "class_embeddings.safetensors", lambda partial: save_tensors(rows, partial))
         run = cls(path, trusted=True)
-        files = {name: weights_hash(path / name) for name in LASTING}
-        run._write_record(
-            {"protocol": protocol.to_dict(), **record, "resumed": [], "files": files}
-        )  # the last: what has one is begun
+        run._write_record(  # the last: what has one is begun
+            {
+                "protocol": protocol.to_dict(),
+                **record,
+                "resumed": [],
+                "files": {name: weights_hash(path / name) for name in LASTING},
+            }
+        )
         return run
 
     def check_same(self, recipe: Recipe, protocol: Protocol, record: dict[str, Any]) -> None:
         """Raises HdovdError naming what is asked for otherwise than the run began."""
         before = self.record()
-        wanted: dict[str, Any] = {
-            "recipe": lasting_values(recipe),
-            "protocol": protocol.to_dict(),
-            "cache": _levels(record),
-            "oracle": record.get("oracle", False),
-        }
-        began = {
-            "recipe": lasting_values(self.written_recipe()),
-            "protocol": before["protocol"],
-            "cache": _levels(before),
-            "oracle": before.get("oracle", False),
-        }
+        asked, began = (
+            {
+                "recipe": lasting_values(own),
+                "protocol": about["protocol"],
+                "cache": {level: entry["key"] for level, entry in about["cache"]["levels"].items()},
+                "oracle": about.get("oracle", False),
+            }
+            for own, about in ((recipe, record | {"protocol": protocol.to_dict()}), (self.written_recipe(), before))
+        )
         require_same(
-            wanted,
+            asked,
             began,
             f"{self.path} began otherwise",
             "Go on with what it began with, or give another --out",
@@ -373,6 +374,11 @@ class RunFolder:
         write_text(self.path / "log.csv", table.getvalue())
 
 
+def init_hash(init: Path) -> str:
+    """What tells the weights of a run from others. Raises HdovdError if it has none."""
+    return weights_hash(RunFolder.open(init).path / Weights.LAST.file)
+
+
 def parse_record(text: bytes, *, trusted: bool = False) -> dict[str, Any]:
     """What run.json says. Raises ValueError if it is none, or, unless `trusted`, was changed since it was written."""
     try:
@@ -396,7 +402,3 @@ def parse_record(text: bytes, *, trusted: bool = False) -> dict[str, Any]:
 
 def _is_address(url: str) -> bool:
     return "://" in url and not url.startswith("file://")
-
-
-def _levels(record: dict[str, Any]) -> dict[str, str]:
-    return {level: entry["key"] for level, entry in record["cache"]["levels"].items()}

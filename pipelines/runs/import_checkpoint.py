@@ -95,9 +95,7 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, value in state.items()
     }
     kinds = Counter(str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point())
-    for kind, count in kinds.items():
-        if kind != "float32":
-            log(f"{count} tensors are {kind}: made float32")
+    log(*(f"{count} tensors are {kind}: made float32" for kind, count in kinds.items() if kind != "float32"))
     if bad := [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise HdovdError(
             f"{file} holds numbers that are not finite, in {shorten(list(bad))}: the training that wrote it failed"
@@ -132,8 +130,7 @@ def take(model: Detector, state: Mapping[str, Tensor], published: Published, fil
             unknown.append(name)
     rest = [name for name in own if name not in found]
     anew = {name: why for name in rest if (why := _why(name, published.anew))}
-    missing = [name for name in rest if name not in anew]
-    if problems := misfits(missing, unknown, wrong):
+    if problems := misfits([name for name in rest if name not in anew], unknown, wrong):
         raise HdovdError(
             f"{file} does not fit detector {model.recipe.detector.name} of this recipe:\n  " + "\n  ".join(problems)
         )

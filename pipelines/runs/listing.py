@@ -272,7 +272,6 @@ def run_lines(runs: Sequence[Run]) -> list[str]:
         return ["no runs here: hdovd train --out RUN makes one"]
     groups = table_groups(runs)
     head = ("name", "settings", "levels", "seed", "epochs", *groups, "blind", "cache", "begun", "state")
-    apart = _apart(runs)
     rows = [
         (
             _name(run),
@@ -286,20 +285,22 @@ def run_lines(runs: Sequence[Run]) -> list[str]:
             f"{run.date:%Y-%m-%d %H:%M}",
             str(run.state),
         )
-        for run, settings in zip(runs, apart, strict=True)
+        for run, settings in zip(runs, _apart(runs), strict=True)
     ]
-    lines = table_lines(head, rows, set(head) - WORDS)
-    metric = metric_of(runs)
-    lines.append(
-        f"{counted(len(runs), 'run')}; {metric} in percent; blind: novel {metric} without the base/novel split at test "
-        "time; cache: the same letters, the same features"
-    )
-    if any(run.oracle for run in runs):
-        lines.append(f"{ORACLE}: trained on boxes of novel classes too; its AP is {UPPER_BOUND}")
+    metric, oracles = metric_of(runs), any(run.oracle for run in runs)
     protocols = sorted({str(run.protocol["name"]) for run in runs if "name" in run.protocol})
-    if len(protocols) > 1:
-        lines.append(f"note: AP of several protocols, which do not compare: {', '.join(protocols)}")
-    return lines + [f"{_name(run)}: {reason}" for run in runs for reason in run.wrong]
+    return [
+        *table_lines(head, rows, set(head) - WORDS),
+        f"{counted(len(runs), 'run')}; {metric} in percent; blind: novel {metric} without the base/novel split at test "
+        "time; cache: the same letters, the same features",
+        *([f"{ORACLE}: trained on boxes of novel classes too; its AP is {UPPER_BOUND}"] if oracles else []),
+        *(
+            [f"note: AP of several protocols, which do not compare: {', '.join(protocols)}"]
+            if len(protocols) > 1
+            else []
+        ),
+        *(f"{_name(run)}: {reason}" for run in runs for reason in run.wrong),
+    ]
 
 
 def run_values(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -352,9 +353,8 @@ def difference_lines(a: Path, b: Path) -> list[str]:
     ]
     head = f"{metric_of([first, second])}, percent"
     lines += ["", *(_ap_lines(head, groups) if groups else ["AP: none of the two is evaluated"])]
-    novel = first.protocol.get("novel", ())
     if classes := [
-        (name + (" (novel)" if name in novel else ""), x, y)
+        (name + (" (novel)" if name in first.protocol.get("novel", ()) else ""), x, y)
         for name, x in first.per_class.items()
         if x is not None and (y := second.per_class.get(name)) is not None and x != y
     ]:

@@ -1,15 +1,18 @@
 """The answer of a search: of labels and duplicates, or by a query, which is one direction: the weighted sum of
-embeddings of words, pictures, boxes of the cache and rows of a file.
+embeddings of words, pictures, boxes of the cache and rows of a file. And the forms that it is given in: a table, a page
+of crops, COCO results.
 
 n rows of a block, K base classes, D embedding size.
 """
 
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache as once, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,19 +21,114 @@ from hdovd.cache.identity import KeyInputs
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import quiet
+from hdovd.core.log import log, quiet
 from hdovd.data.coco import ImageBoxes, Split
+from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.images import decode, read_image
+from hdovd.pipelines.common.pages import small_picture_data, write_page
 from hdovd.pipelines.detection.names import load_same_clip
 from hdovd.pipelines.embedding.embedders import NO_FILE, Picture, Pictures, embedders_of
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, recipe_of
 from hdovd.pipelines.extraction.text import read_rows
+from hdovd.pipelines.runs.listing import table_lines
 from hdovd.pipelines.search.config import Box, BoxSource, Duplicates, SearchConfig, weighted
-from hdovd.pipelines.search.index import RowIndex
-from hdovd.pipelines.search.results import Hit, write_crops, write_results
-from hdovd.pipelines.search.scan import Choice, alike_pairs, best_rows, chosen_rows, mean_row, nearest_rows
+from hdovd.pipelines.search.nearest import Choice, RowIndex, alike_pairs, best_rows, chosen_rows, mean_row, nearest_rows
 from hdovd.pipelines.teachers.base import Teacher
+
+CROP_SIDE, PICTURE_SIDE = 200, 900  # pixels at most
+HEAD = ("#", "cosine", "image:row", "source", "name", "score", "box: left, top, right, bottom", "other", "its cosine")
+NUMBERS = {"#", "cosine", "its cosine", "score"}
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A box that was found. `row`: its number within its image, from 0; None: the picture itself. `box`: xyxy, pixels
+    of the original image. `name`: class or noun; empty if it has none, or the annotations were not read. `cosine`: with
+    the query, the text of its own class, the mean of its class, or `other`. `other`: the class that it speaks for, and
+    `other_cosine` with its text; or the other one of a pair, as `place`.
+    """
+
+    image_id: int
+    row: int | None
+    box: Box
+    source: str
+    name: str
+    score: float | None
+    cosine: float
+    other: str = ""
+    other_cosine: float | None = None
+
+    @property
+    def place(self) -> str:
+        """What `--like` takes; of a picture its id."""
+        return str(self.image_id) if self.row is None else f"{self.image_id}:{self.row}"
+
+
+def write_results(file: Path, hits: Sequence[Hit]) -> None:
+    """COCO results form, with the names that `hdovd export-labels` takes."""
+    results = [
+        {
+            "image_id": hit.image_id,
+            "category_id": 1,
+            "name": hit.name,
+            "other": hit.other,
+            "bbox": [left, top, right - left, bottom - top],
+            "score": hit.cosine,
+        }
+        for hit in hits
+        for left, top, right, bottom in [hit.box]
+    ]
+    write_text(file, json.dumps(results))
+    log(f"wrote {file}")
+
+
+def search_lines(hits: Sequence[Hit], config: SearchConfig) -> list[str]:
+    """The hits as a table for a terminal."""
+    rows = [
+        (
+            str(number),
+            f"{hit.cosine:.3f}",
+            hit.place,
+            hit.source,
+            hit.name or "-",
+            "-" if hit.score is None else f"{hit.score:.3f}",
+            ", ".join(f"{value:.0f}" for value in hit.box),
+            hit.other,
+            "-" if hit.other_cosine is None else f"{hit.other_cosine:.3f}",
+        )
+        for number, hit in enumerate(hits, 1)
+    ]
+    columns = len(HEAD) - (not config.suspicious) - (config.is_query or config.untypical is not None)
+    lines = table_lines(HEAD[:columns], [row[:columns] for row in rows], NUMBERS)
+    return lines if rows else [f"nothing found: {config.question}"]
+
+
+def write_crops(
+    file: Path, title: str, hits: Sequence[Hit], images: Mapping[int, ImageBoxes], read: Callable[[int], Image.Image]
+) -> None:
+    """Write the hits with their crops. `images`, `read`: the picture of an id; one that cannot be read is said in its
+    place.
+    """
+    pictures, cards = dict[int, dict[str, Any]](), []
+    for hit in hits:
+        crop = problem = ""
+        try:
+            picture = read(hit.image_id)
+        except HdovdError as error:
+            problem = str(error)
+        else:
+            crop = crop_of(picture, hit)
+            pictures[hit.image_id] = {"data": small_picture_data(picture, PICTURE_SIDE), "image": images[hit.image_id]}
+        cards.append({"hit": hit, "crop": crop, "problem": problem})
+    write_page(file, "search.html", {"title": title, "cards": cards, "pictures": pictures})
+
+
+def crop_of(picture: Image.Image, hit: Hit) -> str:
+    """The hit's box of its picture, a pixel at least, as a data: address."""
+    left, top, right, bottom = map(round, hit.box)
+    return small_picture_data(picture.crop((left, top, max(right, left + 1), max(bottom, top + 1))), CROP_SIDE)
+
 
 NEAR_NAMES = 3
 
@@ -109,21 +207,22 @@ def found(config: SearchConfig, searched: Searched, pictures: Mapping[str, bytes
     """The hits in a set that is open, best first. pictures: as `query_of` takes them. Raises HdovdError."""
     chosen = _choice(config, searched)
     if config.duplicates is not None:
-        return _duplicates(config, searched, chosen)
+        return list(_duplicates(config, searched, chosen))
     if config.suspicious:
-        return _suspicious(config, searched, chosen)
+        return list(_suspicious(config, searched, chosen))
     index = RowIndex(searched.cache, "--features", config.features) if config.index else None
-    if config.is_query:
-        query, sign = query_of(config, searched, pictures), 1
-    else:
-        query, sign = normalised_rows(mean_row(searched.cache, chosen)[None])[0], -1
+    query, sign = (
+        (query_of(config, searched, pictures), 1)
+        if config.is_query
+        else (normalised_rows(mean_row(searched.cache, chosen)[None])[0], -1)
+    )
     best = (index.best if index else partial(nearest_rows, searched.cache))(sign * query, config.count, chosen)
     return [searched.hit(row, sign * value) for value, row in best.pairs()]
 
 
-def _suspicious(config: SearchConfig, searched: Searched, chosen: Choice) -> list[Hit]:
+def _suspicious(config: SearchConfig, searched: Searched, chosen: Choice) -> Iterator[Hit]:
     """Base boxes whose crop is more like the text of another base class than that of their own, by how much."""
-    texts, hits = normalised_rows(searched.cache.class_embeddings(searched.names)), list[Hit]()
+    texts = normalised_rows(searched.cache.class_embeddings(searched.names))
 
     def excess(rows: InstanceRows, cosines: np.ndarray) -> np.ndarray:
         own, every = searched.labels_of(rows), np.arange(len(cosines))
@@ -136,13 +235,12 @@ def _suspicious(config: SearchConfig, searched: Searched, chosen: Choice) -> lis
         rows = searched.cache.rows_between(row, row + 1)
         cosines, own = texts @ normalised_rows(rows.embedding)[0], searched.labels_of(rows)[0]
         other = int(cosines.argmax())
-        hits.append(searched.hit(row, float(cosines[own]), searched.names[other], float(cosines[other])))
-    return hits
+        yield searched.hit(row, float(cosines[own]), searched.names[other], float(cosines[other]))
 
 
-def _duplicates(config: SearchConfig, searched: Searched, chosen: Choice) -> list[Hit]:
+def _duplicates(config: SearchConfig, searched: Searched, chosen: Choice) -> Iterator[Hit]:
     """Pairs of pictures, or of boxes of two pictures."""
-    cache, of_pictures, hits = searched.cache, config.duplicates is Duplicates.PICTURES, list[Hit]()
+    cache, of_pictures = searched.cache, config.duplicates is Duplicates.PICTURES
     if of_pictures:
         numbers = groups = cache.image_ids()
         rows = np.stack([cache.image_embedding(image_id) for image_id in numbers.tolist()])
@@ -152,11 +250,9 @@ def _duplicates(config: SearchConfig, searched: Searched, chosen: Choice) -> lis
     for cosine, pair in alike_pairs(normalised_rows(rows), groups, config.count, config.least).pairs():
         first, second = numbers[pair].tolist()
         if of_pictures:
-            box = (0.0, 0.0, *cache.image_size(first))
-            hits.append(Hit(first, None, box, "picture", "", None, cosine, str(second)))
+            yield Hit(first, None, (0.0, 0.0, *cache.image_size(first)), "picture", "", None, cosine, str(second))
         else:
-            hits.append(searched.hit(first, cosine, searched.hit(second, cosine).place))
-    return hits
+            yield searched.hit(first, cosine, searched.hit(second, cosine).place)
 
 
 def _choice(config: SearchConfig, searched: Searched) -> Choice:
@@ -269,8 +365,9 @@ def _embed_picture(clip: Teacher, cache: FeatureCache, file: Path, data: bytes |
     picture = decode(file if data is None else data)
     left, top, wide, high = box or (0, 0, picture.width, picture.height)
     if not (0 <= left < left + wide <= picture.width and 0 <= top < top + high <= picture.height):
-        size = f"{picture.width}x{picture.height}"
-        raise HdovdError(f"--box {left:g},{top:g},{wide:g},{high:g} is not within {file}, which is {size}")
+        raise HdovdError(
+            f"--box {left:g},{top:g},{wide:g},{high:g} is not within {file}, which is {picture.width}x{picture.height}"
+        )
     height, width = picture.pixels.shape[1:]  # fewer than the picture's, if it is a large one
     scale = np.array([width / picture.width, height / picture.height] * 2, np.float32)
     boxes = scale * np.array([[left, top, left + wide, top + high]], np.float32)

@@ -1,9 +1,25 @@
-"""What training does between its steps: tell, log, validate, keep checkpoints, and stop when asked to."""
+"""What training does between its steps: tell, log, validate, keep checkpoints, and stop when asked to.
+
+A checkpoint is all that a run needs to go on sample by sample, in one file that is whole or absent:
+
+    model                    weights and queues
+    optimizer, step, window  as of `loop.Loop`
+    rng                      torch's generators, a process each
+    layout                   of `train.batches_of`: what the order depends on
+    log_bytes                length of log.jsonl
+    best, ended, failed      of `RunHooks`
+    ema                      with `train.ema`: of `loop.WeightAverage`; `model` has the weights that are trained
+
+Losses, samples and their order follow from seed and epoch; torch's generators matter only to what else draws from them.
+"""
 
 import json
 import sys
 import time
-from collections.abc import Callable
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +28,75 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hdovd.core.errors import HdovdError, Stopped
+from hdovd.core.errors import HdovdError, Stopped, require_readable
 from hdovd.core.log import log
 from hdovd.data.protocol import GROUPS
-from hdovd.pipelines.common.atomic_write import write_text
+from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.device import Team
 from hdovd.pipelines.common.process import StopSignal, exit_code
+from hdovd.pipelines.common.tensors import load_pth
 from hdovd.pipelines.dataloading.sampler import key_of
-from hdovd.pipelines.runs.checkpoint import fits, rng_state, save_checkpoint, set_rng_state
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.trackers import PLAIN
 from hdovd.pipelines.training.loop import Hooks, Loop
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint; a kill, a power cut or a full disk leaves the old one or the new one. Raises
+    HdovdError."""
+    replace_file(folder / CHECKPOINT, lambda partial: torch.save(state, partial))
+
+
+def load_checkpoint(folder: Path, needs: Collection[str] = ()) -> dict[str, Any] | None:
+    """The checkpoint, or None if there is none. Raises HdovdError for one that cannot be read, is not what was written
+    (by the checksums of its zip file, which torch does not look at), or lacks something of `needs`.
+    """
+    file = folder / CHECKPOINT
+    if not file.is_file():
+        return None
+    require_readable(file)
+    try:
+        with zipfile.ZipFile(file) as records:
+            if (damaged := records.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        state: dict[str, Any] = load_pth(file)
+        if missing := set(needs) - state.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except Exception as error:
+        raise HdovdError(
+            f"{file} cannot be read ({error}): was it copied whole? Without it training can only begin anew: "
+            "--overwrite, and no --resume"
+        ) from error
+    return state
+
+
+@contextmanager
+def fits(folder: Path) -> Iterator[None]:
+    """Raises HdovdError if what is done with the checkpoint of a folder fails."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise HdovdError(
+            f"{folder / CHECKPOINT} does not fit this training ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}): is it that of another run?"
+        ) from error
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Of this process."""
+    return {
+        "cpu": torch.get_rng_state(),
+        **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}),
+    }
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 @dataclass(slots=True)
@@ -166,8 +239,9 @@ class RunHooks(SavingHooks):
             self.failed += 1
             kind = "" if isinstance(error, HdovdError) else f"{type(error).__name__}: "
             line = f"NOT validated, and training goes on: {kind}{error}"
-        values = {f"val_{group}": value for group, value in ap50.items()}
-        self._record({"step": loop.step_number, "epoch": epoch, **values})
+        self._record(
+            {"step": loop.step_number, "epoch": epoch} | {f"val_{group}": value for group, value in ap50.items()}
+        )
         base = ap50["base"]
         if base is not None and base > self.best:
             self.best = base
@@ -182,11 +256,10 @@ class RunHooks(SavingHooks):
 
 def line_of(entry: dict[str, float], left_s: float) -> str:
     """An interval in one line: losses by level, learning rate, speed, waiting for data, memory, time left."""
-    parts: dict[str, float] = {}
+    parts = defaultdict[str, float](float)
     for name, value in entry.items():
         if name not in PLAIN:
-            level = name.partition("_")[0]
-            parts[level] = parts.get(level, 0.0) + value
+            parts[name.partition("_")[0]] += value
     losses = ", ".join(f"{level} {value:.3f}" for level, value in parts.items())
     return (
         f"epoch {entry['epoch']:.0f} step {entry['step']:.0f}: loss {sum(parts.values()):.3f} ({losses}), lr "

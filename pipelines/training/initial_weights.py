@@ -5,7 +5,7 @@ classes, so the protocols may differ. Nothing is left at its initial value, and 
 D embedding size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hdovd.core.log import log
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.pipelines.evaluation.evaluate import load_detector
-from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
+from hdovd.pipelines.runs.folder import RunFolder, Weights, init_hash
 from hdovd.pipelines.runs.import_checkpoint import misfits
 
 SAME_TEXT = 0.999  # cosine of two embeddings of a name by one CLIP and the same prompts; float16 rows differ by less
@@ -46,18 +46,17 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor) -
     own = memories_of(model)
     unused += [name for name in memories_of(source) if name not in own]
     model.load_state_dict(found, strict=False)
-    log(f"--init {init}: {len(found)} tensors of its {Weights.LAST.file} are what the model begins with")
-    if own:
-        log(f"begin anew: {len(own)} memories of the losses ({shorten([*own], 4)})")
-    if anew:
-        log(f"not in {init}: {len(anew)} tensors begin at their initial values ({shorten([*anew], 4)})")
-    if unused:
-        log(
-            f"not used of {init}: {len(unused)} tensors, of parts that this recipe does without "
-            f"({shorten([*unused], 4)})"
-        )
+    told = {
+        f"begin anew: {len(own)} memories of the losses": own,
+        f"not in {init}: {len(anew)} tensors begin at their initial values": anew,
+        f"not used of {init}: {len(unused)} tensors, of parts that this recipe does without": unused,
+    }
     notes = (*_detector_lines(model.recipe, source.recipe, str(init)), *_class_notes(run, init, protocol, texts))
-    log(*(f"note: {note}" for note in notes))
+    log(
+        f"--init {init}: {len(found)} tensors of its {Weights.LAST.file} are what the model begins with",
+        *(f"{what} ({shorten([*names], 4)})" for what, names in told.items() if names),
+        *(f"note: {note}" for note in notes),
+    )
     return {
         "run": str(run.path.resolve()),
         "weights": Weights.LAST.file,
@@ -68,11 +67,6 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor) -
         "begun_anew": anew,
         "unused": unused,
     }
-
-
-def init_hash(init: Path) -> str:
-    """What tells the weights of a run from others. Raises HdovdError if it has none."""
-    return weights_hash(RunFolder.open(init).path / Weights.LAST.file)
 
 
 def require_same_init(init: Path | None, run: RunFolder) -> None:
@@ -142,13 +136,10 @@ def _matched(model: Detector, source: Detector, init: Path) -> tuple[dict[str, T
         for name, value in found.items()
         if value.shape != ours[name].shape
     ]
-    missing = _of_detector(anew, model, source.recipe)
-    unknown = _of_detector(unused, source, model.recipe)
-    if problems := misfits(missing, unknown, wrong):
-        lines = _detector_lines(model.recipe, source.recipe, init.name)
+    if problems := misfits(_of_detector(anew, model, source.recipe), _of_detector(unused, source, model.recipe), wrong):
         raise HdovdError(
             f"--init {init}: its {Weights.LAST.file} does not fit this recipe:\n  "
-            + "\n  ".join([*problems, *lines])
+            + "\n  ".join([*problems, *_detector_lines(model.recipe, source.recipe, init.name)])
             + f"\nGive the detector's values of {init / 'config.toml'} (it can be the --recipe), or another run"
         )
     return found, anew, unused
@@ -174,17 +165,16 @@ def _detector_lines(asked: Recipe, there: Recipe, name: str) -> list[str]:
     return differences(ours, theirs, "detector.", sides=("this recipe", name))
 
 
-def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) -> list[str]:
+def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) -> Iterator[str]:
     """What is to be known of the classes that `init` was trained with."""
-    before, notes = run.protocol(), []
-    before = before.all_base() if run.saw_novel else before
+    before = run.protocol().all_base() if run.saw_novel else run.protocol()
     if seen := [name for name in before.base if name in protocol.novel]:
-        notes.append(
+        yield (
             f"{init} was trained with boxes of {len(seen)} classes that are novel in protocol {protocol.name} "
             f"({shorten([*seen], 4)}): what is found of them is no open-vocabulary result"
         )
     elif set(before.base) != set(protocol.base):
-        notes.append(
+        yield (
             f"the base classes of {init} are others ({len(before.base)}, now {len(protocol.base)}); no weight depends "
             f"on them"
         )
@@ -192,12 +182,9 @@ def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) 
     rows = run.class_embeddings()[[before.names.index(name) for name in names]]
     cosine = F.cosine_similarity(rows, texts.cpu()[[protocol.names.index(name) for name in names]], dim=1)
     if not names:
-        notes.append(
-            f"{init} has no class name of this protocol: whether it was trained with the same CLIP cannot be told"
-        )
+        yield f"{init} has no class name of this protocol: whether it was trained with the same CLIP cannot be told"
     elif float(cosine.min()) < SAME_TEXT:
-        notes.append(
+        yield (
             f"the class embeddings of {init} are others (cosine {cosine.min():.3f} to {cosine.max():.3f} over "
             f"{len(names)} names): another CLIP, or other prompts"
         )
-    return notes

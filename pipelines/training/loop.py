@@ -349,9 +349,8 @@ class _Clock:
 
 def memory_gb(device: torch.device) -> float:
     """The most memory so far, in 10^9 bytes: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    on_cpu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else on_cpu) / 1e9
 
 
 def build_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Optimizer:
@@ -363,9 +362,10 @@ def build_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Opt
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     spared = {name for name in named for pattern in getattr(model, "undecayed", ()) if fnmatch(name, pattern)}
-    groups: list[dict[str, Any]] = [{"params": [p for name, p in named.items() if name not in spared]}]
-    if spared:
-        groups.append({"params": [p for name, p in named.items() if name in spared], "weight_decay": 0.0})
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in named.items() if name not in spared]},
+        *([{"params": [named[name] for name in named if name in spared], "weight_decay": 0.0}] if spared else []),
+    ]
     fused = next(iter(named.values())).device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":
         return torch.optim.SGD(

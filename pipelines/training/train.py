@@ -36,11 +36,10 @@ from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing, Streams, key_of
 from hdovd.pipelines.evaluation.evaluate import Validation
 from hdovd.pipelines.extraction.text import give_object_text
-from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
 from hdovd.pipelines.runs.trackers import tracking
 from hdovd.pipelines.training.config import TrainConfig
-from hdovd.pipelines.training.hooks import RunHooks, unsound_record
+from hdovd.pipelines.training.hooks import RunHooks, fits, load_checkpoint, unsound_record
 from hdovd.pipelines.training.initial_weights import begin_with, require_same_init
 from hdovd.pipelines.training.loop import Loop, UnsoundLoss
 from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet, background_texts
@@ -130,8 +129,7 @@ def train_on(
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
     validation = _validation(job, protocol, class_embeddings, us)
     torch.manual_seed(recipe.train.seed)
-    anew = state is None and job.init is None
-    model = prepared(build_detector(recipe, data.dim, initialise=anew), recipe, us)
+    model = prepared(build_detector(recipe, data.dim, initialise=state is None and job.init is None), recipe, us)
     if state is None:
         if job.init is not None:
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings)
@@ -274,16 +272,17 @@ def batches_of(
     """
     config = data.recipe.train
     workers = training_workers(us.device, config.workers)
-    streams = Streams(max(1, workers) * us.world, max(1, min(config.batch_size, len(data)) // us.world))
-    if layout is not None:
-        streams = Streams(layout["streams"], layout["unit"])
+    streams = (
+        Streams(max(1, workers) * us.world, max(1, min(config.batch_size, len(data)) // us.world))
+        if layout is None
+        else Streams(layout["streams"], layout["unit"])
+    )
     order = data.order(streams)
-    first = data.image_ids()[order.indices(0)].tobytes()
     found = {
         "streams": streams.count,
         "unit": streams.unit,
         "images": len(data),
-        "order": sha256(first).hexdigest()[:16],
+        "order": sha256(data.image_ids()[order.indices(0)].tobytes()).hexdigest()[:16],
     }
     if layout is not None and found != layout:
         raise HdovdError(

@@ -60,9 +60,8 @@ class TrainingSet(Dataset[Sample]):
         self.images = [image for image in split.images if image.id not in failed]
         tell_failed(failed, len(self.images), "the cache says", f"of {split.annotations} has embeddings in {cache.url}")
         self.images = repeated(self.images, recipe)
-        self.nouns = torch.zeros(0, cache.dim)
-        if uses_nouns(recipe.loss, cache.levels(), cache.url):
-            self.nouns = torch.from_numpy(cache.embeddings(Level.NOUN))
+        named = uses_nouns(recipe.loss, cache.levels(), cache.url)
+        self.nouns = torch.from_numpy(cache.embeddings(Level.NOUN)) if named else torch.zeros(0, cache.dim)
 
     def _check(self) -> None:
         loss, cache = self.recipe.loss, self.cache
@@ -136,8 +135,9 @@ class TrainingSet(Dataset[Sample]):
                     f"{base.tolist()}, expected {image.annotation_ids.tolist()}: run extract-clip again"
                 )
         whole = self.cache.image_embedding(image.id) if self.recipe.loss.image.enabled else None
-        where = f"{self.cache.url}: image {image.id}"
-        targets = make_targets(image.boxes, image.labels, rows, whole, self.nouns, self.cache.dim, where)
+        targets = make_targets(
+            image.boxes, image.labels, rows, whole, self.nouns, self.cache.dim, f"{self.cache.url}: image {image.id}"
+        )
         return targets if image.judged is None else replace(targets, judged=torch.from_numpy(image.judged))
 
 
@@ -169,9 +169,9 @@ class TarTrainingSet(Dataset[Sample]):
             range(end - len(some), end) for some, end in zip(per_shard, accumulate(map(len, per_shard)), strict=True)
         )
         tell_failed(failed, len(self._places), "the shards say", f"of {url} has embeddings")
-        self.nouns = torch.zeros(0, self.dim)
-        if uses_nouns(recipe.loss, self._meta.products, self.url):
-            self.nouns = torch.from_numpy(self._meta.tensors[Level.NOUN].astype(np.float32))
+        named = uses_nouns(recipe.loss, self._meta.products, self.url)
+        rows = self._meta.tensors[Level.NOUN] if named else np.zeros((0, self.dim))
+        self.nouns = torch.from_numpy(rows.astype(np.float32))
         self.dealing: Dealing | None = None
         self._reading: ShardReading | None = None
 
@@ -234,8 +234,7 @@ class TarTrainingSet(Dataset[Sample]):
             raise HdovdError(
                 f"{self.url} has no text embedding of {missing[:8]}: extract and export with the same --protocol"
             )
-        rows: np.ndarray = self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]]
-        return rows
+        return np.asarray(self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]])
 
     def object_text(self) -> Tensor | None:
         """(D,) the text embedding of "object", None if there is none. Raises HdovdError for one that is damaged."""
@@ -262,8 +261,7 @@ class TarTrainingSet(Dataset[Sample]):
 
     def image_ids(self) -> np.ndarray:
         """(n,) int64, by index."""
-        ids: np.ndarray = self._meta.tensors["image_id"][self._places].astype(np.int64)
-        return ids
+        return np.asarray(self._meta.tensors["image_id"][self._places].astype(np.int64))
 
     def order(self, streams: Streams) -> EpochOrder:
         """How an epoch goes over the images."""
@@ -375,26 +373,21 @@ def make_targets(
     boxes (n, 4) float32 and labels (n,) int64 of the base boxes; rows: theirs, in this order, and the proposals';
     image_embedding (D,) float16; nouns (K, D) float32, no rows if pseudo boxes have none.
     """
-    base_boxes, base_labels, embeddings = (
-        torch.from_numpy(boxes),
-        torch.from_numpy(labels),
-        torch.zeros(len(boxes), dim),
-    )
-    pseudo_boxes, pseudo_embeddings, pseudo_texts = torch.zeros(0, 4), torch.zeros(0, dim), torch.zeros(0, dim)
+    embeddings, pseudo_boxes = torch.zeros(len(boxes), dim), torch.zeros(0, 4)
+    pseudo_embeddings, pseudo_texts = torch.zeros(0, dim), torch.zeros(0, dim)
     if rows is not None:
         require_unit(rows.embedding, f"{where}, instance level")
-        base, proposals = rows.base_boxes(), rows.proposals()
-        embeddings = _normalised(base.embedding)
-        if len(nouns):
+        proposals = rows.proposals()
+        if len(nouns):  # else the instance level alone: no noun, no weight in text space
             proposals = proposals.select(proposals.noun >= 0)
-            pseudo_texts = _texts(proposals, nouns)
-        else:  # instance level alone: no noun, no weight in text space
-            pseudo_texts = torch.zeros(len(proposals.box), dim)
-        pseudo_boxes, pseudo_embeddings = torch.from_numpy(proposals.box), _normalised(proposals.embedding)
+        embeddings, pseudo_embeddings = _normalised(rows.base_boxes().embedding), _normalised(proposals.embedding)
+        pseudo_boxes = torch.from_numpy(proposals.box)
+        pseudo_texts = _texts(proposals, nouns) if len(nouns) else torch.zeros(len(proposals.box), dim)
     if image_embedding is not None:
         require_unit(image_embedding[None], f"{where}, image level")
     whole = torch.zeros(dim) if image_embedding is None else _normalised(image_embedding)
-    return Targets(base_boxes, base_labels, embeddings, pseudo_boxes, pseudo_embeddings, pseudo_texts, whole)
+    base = torch.from_numpy(boxes), torch.from_numpy(labels)
+    return Targets(*base, embeddings, pseudo_boxes, pseudo_embeddings, pseudo_texts, whole)
 
 
 def _texts(rows: InstanceRows, nouns: Tensor) -> Tensor:

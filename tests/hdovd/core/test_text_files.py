@@ -146,7 +146,7 @@ OWN = {  # files that hdovd wrote itself, or that the system or the package hold
     "pipelines/runs/listing.py": "runs",
     "pipelines/runs/folder.py": "runs",
     "pipelines/detection/detect.py": "its lines",
-    "pipelines/detection/evaluate_examples.py": "what it wrote of examples",
+    "pipelines/detection/detector.py": "what it wrote of examples",
     "pipelines/extraction/export.py": "cache records",
     "pipelines/export/model.py": "exported models",
     "pipelines/proposals/networks.py": "metadata of weights",

@@ -33,11 +33,19 @@ from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
 from hdovd.data.targets import Targets
 from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.adaptation import adapt as stage
-from hdovd.pipelines.adaptation.adapt import adapt
+from hdovd.pipelines.adaptation.adapt import adapt, retention
 from hdovd.pipelines.adaptation.config import AdaptConfig
-from hdovd.pipelines.adaptation.data import JudgedSet, class_rows, joined_protocol, mix_examples, with_taught
-from hdovd.pipelines.adaptation.plan import MOST_EPOCHS, adapted_from, parted, planned
-from hdovd.pipelines.adaptation.retention import retention
+from hdovd.pipelines.adaptation.data import (
+    MOST_EPOCHS,
+    JudgedSet,
+    adapted_from,
+    class_rows,
+    joined_protocol,
+    mix_examples,
+    parted,
+    planned,
+    with_taught,
+)
 from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.dataloading.sampler import Draw, Streams
 from hdovd.pipelines.demo.world import BASE, NOVEL, make_world

@@ -22,8 +22,7 @@ from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.detection import names as name_embedding
-from hdovd.pipelines.detection.detector import Detector
-from hdovd.pipelines.detection.evaluate_examples import evaluate_examples
+from hdovd.pipelines.detection.detector import Detector, evaluate_examples
 from hdovd.pipelines.detection.examples import Gap, read_examples
 from hdovd.pipelines.detection.names import NameEmbedder
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate

@@ -26,10 +26,9 @@ from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.listing import delete_garbage, find_garbage, info_lines, product_lines
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.extraction.source import CacheSet
-from hdovd.pipelines.search import index as index_file
+from hdovd.pipelines.search import nearest
 from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
-from hdovd.pipelines.search.index import RowIndex, index_part, index_rows
-from hdovd.pipelines.search.scan import Best, Choice, best_rows
+from hdovd.pipelines.search.nearest import Best, Choice, RowIndex, best_rows, index_part, index_rows
 from hdovd.pipelines.search.search import search
 
 pytest.importorskip("faiss")
@@ -180,8 +179,8 @@ def test_what_made_it_decides_its_key(indexed: Path, monkeypatch: pytest.MonkeyP
     product = Product(Catalog(indexed).folder, Level.INSTANCE, FeatureCache(indexed).key(Level.INSTANCE))
     part, inputs = index_part(product)
     assert inputs["instance"] == product.key
-    for name in index_file.SETTINGS:
-        monkeypatch.setitem(index_file.SETTINGS, name, "other")
+    for name in nearest.SETTINGS:
+        monkeypatch.setitem(nearest.SETTINGS, name, "other")
         assert index_part(product)[0] != part
         monkeypatch.undo()
     assert index_part(product) == (part, inputs)

@@ -12,8 +12,8 @@ import torch
 
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.search import scan
-from hdovd.pipelines.search.scan import Best, alike_pairs, best_rows, chosen_rows, mean_row
+from hdovd.pipelines.search import nearest
+from hdovd.pipelines.search.nearest import Best, alike_pairs, best_rows, chosen_rows, mean_row
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def test_the_best_rows_are_those_of_a_product_of_all(
     block: int, threads: int, opened: FeatureCache, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """On any number of threads, which torch has as before afterwards."""
-    monkeypatch.setattr(scan, "BLOCK_ROWS", block)
-    monkeypatch.setattr(scan, "BLOCKS_AT_ONCE", 3)
+    monkeypatch.setattr(nearest, "BLOCK_ROWS", block)
+    monkeypatch.setattr(nearest, "BLOCKS_AT_ONCE", 3)
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(threads)
     rows = _rows(opened)
@@ -74,7 +74,7 @@ def test_best_keeps_the_first_of_equal_values_and_no_value_that_is_none() -> Non
 
 
 def test_pairs_are_those_of_all_products_and_of_two_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(nearest, "BLOCK_ROWS", 8)
     rng = np.random.default_rng(0)
     rows = normalised_rows(rng.standard_normal((21, 3)))
     groups = np.arange(21) // 2
@@ -92,6 +92,6 @@ def test_too_many_rows_are_not_compared(opened: FeatureCache, monkeypatch: pytes
 
     assert chosen_rows(opened, first_ten).tolist() == list(range(10))
     assert mean_row(opened, first_ten) == pytest.approx(_rows(opened)[:10].sum(axis=0), abs=1e-5)
-    monkeypatch.setattr(scan, "MOST_COMPARED", 9)
+    monkeypatch.setattr(nearest, "MOST_COMPARED", 9)
     with pytest.raises(HdovdError, match="10 boxes to compare each with each, 9 at most"):
         chosen_rows(opened, first_ten)

@@ -20,8 +20,7 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
-from hdovd.pipelines.search.results import Hit, search_lines
-from hdovd.pipelines.search.search import search
+from hdovd.pipelines.search.search import Hit, search, search_lines
 
 EVERY = 9_999
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from hdovd.pipelines.search.config import SearchConfig
-from hdovd.pipelines.search.results import Hit
-from hdovd.pipelines.search.search import search
+from hdovd.pipelines.search.search import Hit, search
 
 QUERY = "<i>tree</i>"
 

@@ -17,8 +17,8 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.serve.app import Site
 from hdovd.pipelines.serve.config import ServeConfig
+from hdovd.pipelines.serve.serve import Site
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,8 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.search.config import BoxSource, SearchConfig
 from hdovd.pipelines.search.search import search
-from hdovd.pipelines.serve.app import Site
 from hdovd.pipelines.serve.config import ServeConfig
+from hdovd.pipelines.serve.serve import Site
 
 HOME = "http://127.0.0.1:8765"
 
@@ -241,7 +241,7 @@ def test_no_path_is_told(
         "/detect", data={"names": distilled.protocol().novel[0]}, files={"picture": picture.read_bytes()}
     )
     assert of_run.status_code == 200  # needs no CLIP
-    monkeypatch.setattr("hdovd.pipelines.serve.answers.decode", lambda _: 1 / 0)
+    monkeypatch.setattr("hdovd.pipelines.serve.serve.decode", lambda _: 1 / 0)
     failed = client.post("/detect", files={"picture": picture.read_bytes()})
     assert (failed.status_code, failed.text) == (500, "Internal Server Error")
 

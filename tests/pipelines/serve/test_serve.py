@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ def test_an_address_that_cannot_be_had(distilled: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("package", ["uvicorn", "starlette.applications", "python_multipart.exceptions"])
-def test_without_a_web_server(distilled: RunFolder, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_web_server(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "hdovd.pipelines.serve.app", raising=False)
+    monkeypatch.delitem(sys.modules, "hdovd.pipelines.serve.serve", raising=False)
     with pytest.raises(HdovdError, match=r'^hdovd serve needs a web server: pip install "hdovd\[serve\]" \('):
-        serve(ServeConfig(run=distilled.path))
+        import_module("hdovd.pipelines.serve.serve")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])

@@ -23,9 +23,9 @@ from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
-from hdovd.pipelines.runs.checkpoint import load_checkpoint, save_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder, replace_file
 from hdovd.pipelines.runs.listing import State, read_run
+from hdovd.pipelines.training.hooks import load_checkpoint, save_checkpoint
 from hdovd.pipelines.training.train import TrainConfig, train
 
 # 23 images: 5 steps of 4 an epoch; the optimiser has a state, the schedule moves

@@ -32,9 +32,8 @@ from hdovd.pipelines.proposals.config import Detector, ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
 from hdovd.pipelines.relabelling.config import RelabelConfig
 from hdovd.pipelines.relabelling.relabel import relabel
-from hdovd.pipelines.runs.checkpoint import load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.training.hooks import PLAIN
+from hdovd.pipelines.training.hooks import PLAIN, load_checkpoint
 from hdovd.pipelines.training.train import TrainConfig, train
 
 BEGIN_WITH = {"uniform_", "normal_", "fill_", "zero_", "mul", "random_"}  # weights are drawn before they are moved
