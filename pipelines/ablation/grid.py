@@ -261,8 +261,9 @@ def gap_closed(value: float | None, base_only: float | None, oracle: float | Non
 
 def column_texts(values: Sequence[Any]) -> list[str]:
     """Of one column: ticks for switches."""
-    switches = all(isinstance(value, bool) for value in values)
-    return [YES if value else NO for value in values] if switches else shown_apart(values)
+    if all(isinstance(value, bool) for value in values):
+        return [YES if value else NO for value in values]
+    return shown_apart(values)
 
 
 def note(runs: Sequence[Run], seeds: int, made_of: Mapping[str, str]) -> str:
@@ -355,9 +356,8 @@ def comma_separated(table: AblationTable) -> str:
             )
         ]  # csv writes None as nothing
         values = [str(value).lower() if isinstance(value, bool) else value for value in row.values]
-        writer.writerow(
-            [row.name, *([row.arm] if table.has_arms else []), *values, row.seeds, row.done, row.failed, *numbers]
-        )
+        arm = [row.arm] if table.has_arms else []
+        writer.writerow([row.name, *arm, *values, row.seeds, row.done, row.failed, *numbers])
     return out.getvalue()
 
 
@@ -389,7 +389,5 @@ def _texts(table: AblationTable) -> tuple[list[str], list[list[str]]]:
 def _marks(table: AblationTable) -> list[str]:
     """What the marks of rows mean that are not finished, and what the gap is."""
     unfinished = f"Not finished: {NONE} no seed is done yet; 1 of 3 seeds: the mean of that one."
-    return [
-        *([] if all(row.done == row.seeds for row in table.rows) else [unfinished]),
-        *([GAP_TOLD] if table.has_arms else []),
-    ]
+    is_whole = all(row.done == row.seeds for row in table.rows)
+    return ([] if is_whole else [unfinished]) + ([GAP_TOLD] if table.has_arms else [])

@@ -346,13 +346,12 @@ SHOWN_SKIPPED = 10
 
 def detect_lines(result: DetectResult) -> list[str]:
     """The first pictures with what was found, every name with its count, and what was skipped."""
-    skipped, more = list(result.skipped.values()), result.images - len(result.rows)
-    table = table_lines(("picture", "size", "found", "best"), result.rows, {"size", "found"})
-    lines = [
-        *(table if result.rows else []),
-        *([f"... and {more:,d} more pictures, in images.json"] if more else []),
-        *(f"{printable(name)}: {about}" for name, about in result.videos.items()),
-    ]
+    lines, skipped = list[str](), list(result.skipped.values())
+    if result.rows:
+        lines += table_lines(("picture", "size", "found", "best"), result.rows, {"size", "found"})
+        if result.images > len(result.rows):
+            lines.append(f"... and {result.images - len(result.rows):,d} more pictures, in images.json")
+    lines += [f"{printable(name)}: {about}" for name, about in result.videos.items()]
     if lines:
         kind = dict(zip(result.names, result.is_novel, strict=True))
         counts = [
@@ -360,18 +359,16 @@ def detect_lines(result: DetectResult) -> list[str]:
             for name, times in result.objects.most_common(SHOWN_NAMES)
         ]
         places = "in pictures and frames" if result.videos else "in pictures"
-        others, none = len(result.objects) - SHOWN_NAMES, [name for name in result.names if name not in result.objects]
-        lines += [
-            "",
-            *table_lines(("name", "", "found", places), counts, {"found", places}),
-            *([f"... and {others} more names"] if others > 0 else []),
-            *([f"not found: {shorten(none, SHOWN_NAMES)}"] if none else []),
-        ]
-    videos, left = f" and {counted(len(result.videos), 'video')}" if result.videos else "", skipped[SHOWN_SKIPPED:]
-    return [
-        *lines,
-        f"{counted(result.images, 'picture')}{videos}, {result.objects.total():,d} found",
-        *([f"{counted(len(skipped), 'file')} skipped, which cannot be read:"] if skipped else []),
-        *(f"  {printable(reason)}" for reason in skipped[:SHOWN_SKIPPED]),
-        *([f"  ... and {len(left):,d} more, in images.json"] if left else []),
-    ]
+        lines += ["", *table_lines(("name", "", "found", places), counts, {"found", places})]
+        if len(result.objects) > SHOWN_NAMES:
+            lines.append(f"... and {len(result.objects) - SHOWN_NAMES} more names")
+        if none := [name for name in result.names if name not in result.objects]:
+            lines.append(f"not found: {shorten(list(none), SHOWN_NAMES)}")
+    videos = f" and {counted(len(result.videos), 'video')}" if result.videos else ""
+    lines.append(f"{counted(result.images, 'picture')}{videos}, {result.objects.total():,d} found")
+    if skipped:
+        lines.append(f"{counted(len(skipped), 'file')} skipped, which cannot be read:")
+        lines += [f"  {printable(reason)}" for reason in skipped[:SHOWN_SKIPPED]]
+    if len(skipped) > SHOWN_SKIPPED:
+        lines.append(f"  ... and {len(skipped) - SHOWN_SKIPPED:,d} more, in images.json")
+    return lines

@@ -22,21 +22,18 @@ from hdovd.core.log import log
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.name_list import GENERAL, read_vocabulary, shipped
-from hdovd.pipelines.nouns.allowed import (
+from hdovd.pipelines.nouns.allowed import Nouns, named_novel, read_captions, write_noun_file
+from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsConfig, Parser
+from hdovd.pipelines.nouns.matching import (
     Found,
     Match,
     MatchFinder,
     NameMatcher,
-    Nouns,
     StopList,
-    named_novel,
     noun_words,
-    read_captions,
     singular,
     unmatched,
-    write_noun_file,
 )
-from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsConfig, Parser
 
 if TYPE_CHECKING:
     from spacy.language import Language

@@ -117,21 +117,23 @@ def class_rows(runs: Sequence[OneRun], in_gallery: Collection[str]) -> list[dict
     """Novel classes first."""
     protocol, objects = runs[0].analysis.protocol, runs[0].analysis.objects
     counts = np.bincount(objects.labels[~objects.crowd], minlength=len(protocol.names)).tolist()
-    stated = [run.analysis.metrics["per_class"] for run in runs]
-    return [
-        {
-            "name": name,
-            "group": group_of(label, protocol),
-            "objects": counts[label],
-            "ap50": ap50,
-            "ap": [of_run[name]["ap"] for of_run in stated],
-            "in_gallery": name in in_gallery,
-            "best": {k for k in range(len(runs)) if is_best(ap50, k)},
-        }
-        for label in novel_first(protocol)
-        for name in [protocol.names[label]]
-        for ap50 in [[of_run[name]["ap50"] for of_run in stated]]
-    ]
+    rows = []
+    for label in novel_first(protocol):
+        name = protocol.names[label]
+        values = [run.analysis.metrics["per_class"][name] for run in runs]
+        ap50 = [value["ap50"] for value in values]
+        rows.append(
+            {
+                "name": name,
+                "group": group_of(label, protocol),
+                "objects": counts[label],
+                "ap50": ap50,
+                "ap": [value["ap"] for value in values],
+                "in_gallery": name in in_gallery,
+                "best": {k for k in range(len(runs)) if is_best(ap50, k)},
+            }
+        )
+    return rows
 
 
 def parts(runs: Sequence[OneRun]) -> list[str]:

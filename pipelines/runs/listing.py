@@ -287,20 +287,18 @@ def run_lines(runs: Sequence[Run]) -> list[str]:
         )
         for run, settings in zip(runs, _apart(runs), strict=True)
     ]
-    metric, oracles = metric_of(runs), any(run.oracle for run in runs)
-    protocols = sorted({str(run.protocol["name"]) for run in runs if "name" in run.protocol})
-    return [
-        *table_lines(head, rows, set(head) - WORDS),
+    lines = table_lines(head, rows, set(head) - WORDS)
+    metric = metric_of(runs)
+    lines.append(
         f"{counted(len(runs), 'run')}; {metric} in percent; blind: novel {metric} without the base/novel split at test "
-        "time; cache: the same letters, the same features",
-        *([f"{ORACLE}: trained on boxes of novel classes too; its AP is {UPPER_BOUND}"] if oracles else []),
-        *(
-            [f"note: AP of several protocols, which do not compare: {', '.join(protocols)}"]
-            if len(protocols) > 1
-            else []
-        ),
-        *(f"{_name(run)}: {reason}" for run in runs for reason in run.wrong),
-    ]
+        "time; cache: the same letters, the same features"
+    )
+    if any(run.oracle for run in runs):
+        lines.append(f"{ORACLE}: trained on boxes of novel classes too; its AP is {UPPER_BOUND}")
+    protocols = sorted({str(run.protocol["name"]) for run in runs if "name" in run.protocol})
+    if len(protocols) > 1:
+        lines.append(f"note: AP of several protocols, which do not compare: {', '.join(protocols)}")
+    return lines + [f"{_name(run)}: {reason}" for run in runs for reason in run.wrong]
 
 
 def run_values(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.nouns.allowed import StopList
 from hdovd.pipelines.nouns.config import NounsConfig, Parser
 from hdovd.pipelines.nouns.find import NounsReport, ParsingFinder, find_nouns, load_parser, why_not
+from hdovd.pipelines.nouns.matching import StopList
 
 if TYPE_CHECKING:
     from spacy import Language

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hdovd.pipelines.common.name_list import shipped
-from hdovd.pipelines.nouns.allowed import forms, noun_words, singular, singular_of
+from hdovd.pipelines.nouns.matching import forms, noun_words, singular, singular_of
 
 PAIRS = """umbrellas umbrella|knives knife|buses bus|mice mouse|geese goose|leaves leaf|shelves shelf|loaves loaf|dishes dish|dresses dress
 children child|women woman|firemen fireman|snowmen snowman|people person|teeth tooth|cacti cactus|lenses lens|benches bench|boxes box
