@@ -37,7 +37,8 @@ from hdovd.pipelines.training.hooks import PLAIN, load_checkpoint
 from hdovd.pipelines.training.train import TrainConfig, train
 
 BEGIN_WITH = {"uniform_", "normal_", "fill_", "zero_", "mul", "random_"}  # weights are drawn before they are moved
-ANCHORS = {"anchor_utils.py", "rpn.py", "attention.py"}  # the few of one cell, or directions, when the network is built
+ANCHORS = {"anchor_utils.py", "rpn.py"}  # the few of one cell, when the network is built
+DIRECTIONS = {"rtdetr": {"decoder.py"}}  # likewise, of the detector that has them
 SAMPLES = {"training_set.py", "targets.py", "loader.py", "text.py"}  # read and prepared before they are moved
 # Of what was read from a file: texts of backgrounds, whether there are rows, a text of "object", values that are not
 # finite, the values that were written.
@@ -101,7 +102,7 @@ def test_train_eval_and_detect(
     tmp_path: Path,
     pretended_cuda: PretendedCuda,
 ) -> None:
-    recipe, data = RECIPES[name](micro_recipe), DataPaths(world)
+    recipe, data, built = RECIPES[name](micro_recipe), DataPaths(world), ANCHORS | DIRECTIONS.get(name, set())
     job = TrainConfig(
         data=data,
         cache=training_cache,
@@ -112,7 +113,7 @@ def test_train_eval_and_detect(
     )
     run = train(job)
     assert not pretended_cuda.mixed
-    assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED
+    assert on_host(pretended_cuda) <= built | SAMPLES | LOSSES | LOADED
     assert load_checkpoint(run.path)["optimizer"]["state"]  # type: ignore[index]
     on_cpu = train(replace(job, out=tmp_path / "cpu", device="cpu"))
     np.testing.assert_allclose(
@@ -121,7 +122,7 @@ def test_train_eval_and_detect(
 
     pretended_cuda.forget()
     evaluate(EvalConfig(run=run.path, data=data, pictures=1))
-    assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"evaluate.py"}
+    assert on_host(pretended_cuda) <= built | LOADED | {"evaluate.py"}
     found = found_in(run.path / "detections.json")
     evaluate(EvalConfig(run=run.path, data=data, device="cpu"))
     if recipe.train.precision == "fp32":
@@ -132,7 +133,7 @@ def test_train_eval_and_detect(
         DetectConfig(run=run.path, images=(str(world / "val2017"),), out=tmp_path / "found", clip=clip, threshold=0.0)
     )
     assert result.images
-    assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"detector.py", "names.py", "detect.py"}
+    assert on_host(pretended_cuda) <= built | LOADED | {"detector.py", "names.py", "detect.py"}
 
     cache = Path(shutil.copytree(training_cache, tmp_path / "cache"))
     relabel(RelabelConfig(run=run.path, cache=cache))
