@@ -40,7 +40,7 @@ def modules() -> tuple[int, list[str]]:
                 found += 1
                 continue
             except HdovdError as error:
-                known = "pip install 'hdovd[" in str(error)
+                known = "hdovd[" in str(error)
             except ModuleNotFoundError as error:
                 known = any(needed.startswith(str(error.name).replace("_", "-")) for needed in optional)
             if not known:

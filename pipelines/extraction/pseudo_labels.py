@@ -86,7 +86,7 @@ def write_verdicts(path: Path, lines: Iterable[tuple[int, list[float], dict[str,
     Whole or absent.
     """
     keys = ("image_id", "bbox", "names", "others", "background")
-    texts = (json.dumps(dict(zip(keys, line, strict=False))) for line in lines)  # parts of before tell no background
+    texts = (json.dumps(dict(zip(keys, line, strict=True))) for line in lines)
 
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as file:
@@ -113,11 +113,13 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
         if seen[row]:
             raise HdovdError(f"{where}: a second verdict on the same proposal: expected one line for each")
         seen[row], best = True, max(scores.values(), default=1.0)
-        of_others[row], of_grounds[row] = others / best, 1.0 if background is None else background / best
+        of_others[row] = others / best
         for name, score in scores.items():
             nouns = called(name)
             unknown[name] += not nouns
             found |= {noun: max(score / best, found.get(noun, 0.0)) for noun in nouns}
+        if found and background is not None:  # a line without a name that is known says nothing
+            of_grounds[row] = background / best
         row_of.extend([row] * len(found))
         noun_of.extend(found)
         score_of.extend(found.values())

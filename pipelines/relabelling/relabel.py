@@ -1,5 +1,6 @@
 """A round of pseudo boxes: a trained detector looks for base classes and nouns on the training images, what it finds
-there besides base boxes becomes proposals, and its names verdicts, which CLIP's own are mixed with.
+there besides base boxes becomes proposals, and its names verdicts, which CLIP's own are mixed with: how likely each
+name is, and how likely there is no object.
 
 A box's score is the probability that it is no background, the sum of s1 over all names. A noun that the captions of an
 image hold is there somewhere: the box that the detector finds likeliest for it is kept and called so, however low its
@@ -65,7 +66,7 @@ class Round:
     def __call__(self, image: ImageBoxes, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
         """Of boxes (n, 4) and scores (n, 1 + N) of `Finder.propose` those to keep, best first, their scores, with 1
         added where a box is that of an offered noun, and of each names with their scores, that of all other names, and
-        that of backgrounds.
+        that of backgrounds: the odds of there being no object, against all names together.
         """
         base, objects = torch.from_numpy(image.boxes), scores[:, 0].clamp(LEAST, 1)  # a sum may be a little more
         called = self.called(image, boxes, scores[:, 1:], base)
@@ -76,8 +77,10 @@ class Round:
             ({self.nouns[called[row]]: 1.0}, 0.0) if row in called else _best(scores[row, 1:], self.nouns)
             for row in keep.tolist()
         ]
-        odds = ((1 - objects) / objects)[keep].tolist()  # of a background, against the names together
-        told = [(own, rest, float(f"{o * sum(own.values()):.4g}")) for (own, rest), o in zip(names, odds, strict=True)]
+        together = scores[:, 1:].sum(dim=1)
+        together[[*called]] = 1.0
+        grounds = ((1 - objects) / objects * together)[keep].tolist()
+        told = [(*one, float(f"{ground:.4g}")) for one, ground in zip(names, grounds, strict=True)]
         return boxes[keep], ranks[keep], told
 
     def called(self, image: ImageBoxes, boxes: Tensor, scores: Tensor, base: Tensor) -> dict[int, int]:
@@ -192,7 +195,8 @@ def _propose(
     finder = Finder(detector.eval(), texts.to(us.device), len(base))
     folder = config.proposals.with_name(f"{config.proposals.stem}.parts")
     kept = Round(selection, [nouns[row] for row in others], _to_find(cache, split, texts, others, offered))
-    parts = found_parts(folder, split, run.recipe(), origin, finder, selection, us, stop, kept)
+    found_as = origin | {"background": True}  # what parts tell: those of before are made anew
+    parts = found_parts(folder, split, run.recipe(), found_as, finder, selection, us, stop, kept)
     if us.leads:
         before = sum(cache.counts(Source.PROPOSAL).values())
         _write(config, parts, before, objects_per_mention(split, of_class, offered), origin)

@@ -98,6 +98,8 @@ def test_scores_count_against_the_best_and_others_are_the_floor(table: BoxTable,
     assert read_verdicts(packed, table, NAMES).identity() == found.identity()
     other = written(tmp_path / "w.jsonl", line(table, one))
     assert read_verdicts(other, table, NAMES).identity() != found.identity()
+    silent = written(tmp_path / "s.jsonl", line(table, one), line(table, two, names={}, background=0))
+    assert read_verdicts(silent, table, NAMES).identity() == read_verdicts(other, table, NAMES).identity()
 
 
 def test_boxes_are_met_within_a_pixel_and_cut_to_the_image(table: BoxTable, tmp_path: Path) -> None:

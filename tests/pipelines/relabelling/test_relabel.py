@@ -151,6 +151,15 @@ def test_a_noun_of_the_captions_has_its_best_box_however_low_its_score() -> None
     assert (len(nothing[0]), len(kept(image, boxes[:0], scores[:0])[0])) == (0, 0)
 
 
+def test_backgrounds_count_against_all_names_those_that_are_not_written_too() -> None:
+    image = ImageBoxes(7, "", 100, 100, np.zeros((1, 4), np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64))
+    kept = Round(Selection(10, 0.2, 8.0, 0.0), [f"noun {number}" for number in range(30)], {})
+    _, _, [(names, others, background)] = kept(
+        image, torch.tensor([[0.0, 0.0, 30.0, 30.0]]), torch.tensor([[0.9, *[0.03] * 30]])
+    )
+    assert (len(names), others, background) == (20, 0.03, 0.1)
+
+
 def test_objects_are_counted_for_each_named_class_of_an_image(distilled: RunFolder, world: Path) -> None:
     split = DataPaths(world).load("train2017", distilled.protocol(), base_only=True)
     first = next(image for image in split.images if len({*image.labels.tolist()}) == 2)

@@ -38,7 +38,7 @@ from hdovd.pipelines.training.train import TrainConfig, train
 
 BEGIN_WITH = {"uniform_", "normal_", "fill_", "zero_", "mul", "random_"}  # weights are drawn before they are moved
 ANCHORS = {"anchor_utils.py", "rpn.py"}  # the few of one cell, when the network is built
-DIRECTIONS = {"rtdetr": {"decoder.py"}}  # likewise, of the detector that has them
+DIRECTIONS = {"rtdetr": {"DeformableAttention", "GridSampling"}}  # likewise, of the detector that has them
 SAMPLES = {"training_set.py", "targets.py", "loader.py", "text.py"}  # read and prepared before they are moved
 # Of what was read from a file: texts of backgrounds, whether there are rows, a text of "object", values that are not
 # finite, the values that were written.
@@ -69,15 +69,15 @@ RECIPES: dict[str, Callable[[Micro], Recipe]] = {
 
 
 def on_host(cuda: PretendedCuda) -> set[str]:
-    """The files (of the training loop and of memories the classes) in which the CPU computed with numbers that are not
-    whole; forgotten then. Nowhere are they those of a network.
+    """The files (of the training loop, of memories and of decoders the classes) in which the CPU computed with numbers
+    that are not whole; forgotten then. Nowhere are they those of a network.
     """
     assert not {operation.split(".")[1] for operation, _ in cuda.on_host} & OF_NETWORKS
     places = {where for operation, where in cuda.on_host if operation.split(".")[1] not in BEGIN_WITH}
     cuda.forget()
     return {
         where.partition(" ")[2].partition(".")[0]
-        if where.startswith(("loop.py", "distributed.py"))
+        if where.startswith(("loop.py", "distributed.py", "decoder.py"))
         else where.partition(":")[0]
         for where in places
     }
