@@ -32,8 +32,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import PART_ROWS, Level
 from hdovd.cache.writer import ProductWriter
 from hdovd.pipelines.common.console import size
-from hdovd.pipelines.dataloading.loader import Packed, pack
-from hdovd.pipelines.dataloading.sampler import BlockShuffle, Streams
+from hdovd.pipelines.dataloading.loader import Packed, Streams, block_shuffle, pack
 
 BATCH = 16  # images, with workers
 MIN_SHARE = 0.1  # slower layouts are not read as a whole
@@ -156,11 +155,12 @@ def rates(
     """Images per second by layout, a value a round; every layout is read once a round, by `seconds(layout, image
     ids)`."""
     found: dict[str, list[float]] = {layout.name: [] for layout in layouts}
-    blocks, rng = BlockShuffle(bench.images, seed=0, streams=Streams(max(1, workers), BATCH)), np.random.default_rng(1)
+    streams, rng = Streams(max(1, workers), BATCH), np.random.default_rng(1)
     for epoch in range(rounds):
         for turn in rng.permutation(len(layouts)):  # each suffers from what was read before it
             layout = layouts[turn]
-            order = blocks.indices(epoch) if layout.in_blocks else rng.permutation(bench.images)
+            blocks = block_shuffle(bench.images, 0, streams, epoch)
+            order = blocks if layout.in_blocks else rng.permutation(bench.images)
             count = min(bench.images, bench.reads if workers else max(1, int(bench.reads * layout.share)))
             ids = [bench.ids[number] for number in order[:count]]
             found[layout.name].append(len(ids) / seconds(layout, ids))

@@ -37,8 +37,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.common.device import placed, training_workers
-from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sampler import Dealing, EpochOrder
+from hdovd.pipelines.dataloading.loader import Dealing, TrainingBatches
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.forecast import make_world
@@ -72,7 +71,7 @@ class TrainBench:
 
 
 @dataclass(frozen=True, slots=True)
-class _OverAndOver(EpochOrder):
+class _OverAndOver:
     """One long epoch of the same images in the same order: at its start nothing is loaded ahead, and a real one is
     long.
     """
@@ -80,7 +79,7 @@ class _OverAndOver(EpochOrder):
     images: int
     count: int
 
-    def indices(self, epoch: int) -> np.ndarray:
+    def __call__(self, epoch: int) -> np.ndarray:
         return np.arange(self.count) % self.images
 
 

@@ -221,7 +221,7 @@ class FeatureCache:
     @property
     def reads_best_in_blocks(self) -> bool:
         """Whether instance rows that are read in random order are decoded again and again (see
-        `dataloading.sampler`).
+        `dataloading.loader`).
         """
         return Level.INSTANCE in self._products and self._row_array(Level.INSTANCE, "embedding").reads_best_in_blocks
 

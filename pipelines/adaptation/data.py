@@ -27,7 +27,7 @@ from hdovd.data.protocol import Protocol
 from hdovd.data.targets import Targets
 from hdovd.pipelines.calibration.values import VALUES
 from hdovd.pipelines.common.settings import value_at
-from hdovd.pipelines.dataloading.sampler import Draw, as_draw, key_of
+from hdovd.pipelines.dataloading.loader import Draw, as_draw, key_of
 from hdovd.pipelines.detection.examples import Gap
 from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.runs.folder import RunFolder

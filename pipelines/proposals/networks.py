@@ -10,6 +10,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -34,8 +35,15 @@ from hdovd.pipelines.common.device import Team, inference_autocast, placed, sett
 from hdovd.pipelines.common.images import read_pixels
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.common.tensors import load_tensors, save_tensors, tensors_hash
-from hdovd.pipelines.dataloading.loader import Batches, TrainingBatches
-from hdovd.pipelines.dataloading.sampler import Dealing, Draw, PlainShuffle, is_flipped, key_of
+from hdovd.pipelines.dataloading.loader import (
+    Batches,
+    Dealing,
+    Draw,
+    TrainingBatches,
+    is_flipped,
+    key_of,
+    plain_shuffle,
+)
 from hdovd.pipelines.proposals.config import Detector, ProposeConfig, require_network
 from hdovd.pipelines.training.hooks import SavingHooks, load_checkpoint
 from hdovd.pipelines.training.loop import Loop
@@ -295,9 +303,8 @@ def _train(job: ProposeConfig, file: Path, split: Split, wanted: dict[str, Any],
         )
         return losses
 
-    dealing = Dealing(
-        PlainShuffle(len(split.images), config.seed), config.batch_size, us.rank, us.world, config.accumulate
-    )
+    order = partial(plain_shuffle, len(split.images), config.seed)
+    dealing = Dealing(order, config.batch_size, us.rank, us.world, config.accumulate)
     batches = TrainingBatches(
         Pictures(split, job.recipe), dealing, training_workers(us.device, config.workers), device=us.device
     )

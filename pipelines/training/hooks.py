@@ -36,7 +36,7 @@ from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.device import Team
 from hdovd.pipelines.common.process import StopSignal, exit_code
 from hdovd.pipelines.common.tensors import load_pth
-from hdovd.pipelines.dataloading.sampler import key_of
+from hdovd.pipelines.dataloading.loader import key_of
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.trackers import PLAIN
 from hdovd.pipelines.training.loop import Hooks, Loop

@@ -32,8 +32,7 @@ from hdovd.modeling.proposals.networks import ProposalNetwork
 from hdovd.pipelines.calibration.values import with_reliability
 from hdovd.pipelines.common.device import Team, placed, provenance, settled, team, training_workers
 from hdovd.pipelines.common.process import StopSignal
-from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sampler import Dealing, Streams, key_of
+from hdovd.pipelines.dataloading.loader import Dealing, Streams, TrainingBatches, key_of
 from hdovd.pipelines.evaluation.evaluate import Validation
 from hdovd.pipelines.extraction.text import give_object_text
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
@@ -282,7 +281,7 @@ def batches_of(
         "streams": streams.count,
         "unit": streams.unit,
         "images": len(data),
-        "order": sha256(data.image_ids()[order.indices(0)].tobytes()).hexdigest()[:16],
+        "order": sha256(data.image_ids()[order(0)].tobytes()).hexdigest()[:16],
     }
     if layout is not None and found != layout:
         raise HdovdError(

@@ -7,6 +7,7 @@ needed. D embedding size.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -28,18 +29,18 @@ from hdovd.data.protocol import Protocol
 from hdovd.data.targets import Targets
 from hdovd.pipelines.calibration.values import LabelOrigin, origin_of
 from hdovd.pipelines.common.images import pixels_of, read_image, read_pixels
-from hdovd.pipelines.dataloading.loader import ShardReading
-from hdovd.pipelines.dataloading.sampler import (
-    BlockShuffle,
+from hdovd.pipelines.dataloading.loader import (
     Dealing,
     Draw,
-    EpochOrder,
-    PlainShuffle,
-    ShardShuffle,
+    Order,
+    ShardReading,
     Streams,
     as_draw,
+    block_shuffle,
     is_flipped,
     key_of,
+    plain_shuffle,
+    shard_shuffle,
 )
 from hdovd.pipelines.extraction.config import LabelRule
 from hdovd.pipelines.extraction.identities import inputs_of, require_exif
@@ -88,11 +89,11 @@ class TrainingSet(Dataset[Sample]):
         """(n,) int64, by index."""
         return np.array([image.id for image in self.images], np.int64)
 
-    def order(self, streams: Streams) -> EpochOrder:
+    def order(self, streams: Streams) -> Order:
         """How an epoch goes over the images."""
         if self.recipe.loss.uses_pseudo_boxes and self.cache.reads_best_in_blocks:
-            return BlockShuffle(len(self), self.recipe.train.seed, streams)
-        return PlainShuffle(len(self), self.recipe.train.seed)
+            return partial(block_shuffle, len(self), self.recipe.train.seed, streams)
+        return partial(plain_shuffle, len(self), self.recipe.train.seed)
 
     @property
     def federated(self) -> bool:
@@ -263,9 +264,9 @@ class TarTrainingSet(Dataset[Sample]):
         """(n,) int64, by index."""
         return np.asarray(self._meta.tensors["image_id"][self._places].astype(np.int64))
 
-    def order(self, streams: Streams) -> EpochOrder:
+    def order(self, streams: Streams) -> Order:
         """How an epoch goes over the images."""
-        return ShardShuffle(self._ranges, self.recipe.train.seed, streams)
+        return partial(shard_shuffle, self._ranges, self.recipe.train.seed, streams)
 
     def __getitem__(self, wanted: Draw | int) -> Sample:
         """Raises HdovdError, naming the shard, for one that cannot be read."""

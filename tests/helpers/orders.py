@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hdovd.pipelines.dataloading.sampler import EpochOrder
-
 
 @dataclass(frozen=True, slots=True)
-class InOrder(EpochOrder):
+class InOrder:
     """0, 1, 2, ..., in every epoch."""
 
     count: int
 
-    def indices(self, epoch: int) -> np.ndarray:
+    def __call__(self, epoch: int) -> np.ndarray:
         return np.arange(self.count)

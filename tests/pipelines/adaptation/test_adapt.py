@@ -47,7 +47,7 @@ from hdovd.pipelines.adaptation.data import (
     with_taught,
 )
 from hdovd.pipelines.audit.checks import Verdict
-from hdovd.pipelines.dataloading.sampler import Draw, Streams
+from hdovd.pipelines.dataloading.loader import Draw, Streams
 from hdovd.pipelines.demo.world import BASE, NOVEL, make_world
 from hdovd.pipelines.detection.examples import Gap
 from hdovd.pipelines.evaluation.evaluate import Validated, Validation, results
@@ -235,7 +235,7 @@ def test_a_share_is_held_out_of_many(data: JudgedSet, monkeypatch: pytest.Monkey
 def test_an_epoch_has_the_share_of_earlier_pictures_and_each_epoch_others(data: JudgedSet) -> None:
     assert data.drawn == 3 * len(data.images)
     assert len(data) == len(data.image_ids()) == 4 * len(data.images)
-    assert sorted(data.order(Streams()).indices(1).tolist()) == list(range(len(data)))
+    assert sorted(data.order(Streams())(1).tolist()) == list(range(len(data)))
 
     def drawn(epoch: int) -> list[int]:
         return [data[Draw(epoch, 0, index)][2] for index in range(len(data.images), len(data))]

@@ -5,6 +5,7 @@ begins at.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,15 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.device import Team
-from hdovd.pipelines.dataloading.sampler import (
+from hdovd.pipelines.dataloading.loader import (
     BLOCK,
     WINDOW,
-    BlockShuffle,
     Dealing,
-    EpochOrder,
-    PlainShuffle,
-    ShardShuffle,
+    Order,
     Streams,
+    block_shuffle,
+    plain_shuffle,
+    shard_shuffle,
     share_of,
 )
 from hdovd.pipelines.training.train import batches_of
@@ -39,11 +40,11 @@ def _shards(count: int, size: int) -> tuple[range, ...]:
     return tuple(range(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _orders(count: int, streams: Streams, seed: int = 1) -> list[EpochOrder]:
+def _orders(count: int, streams: Streams, seed: int = 1) -> list[Order]:
     return [
-        PlainShuffle(count, seed),
-        BlockShuffle(count, seed, streams),
-        ShardShuffle(_shards(count, 100), seed, streams, buffer=64),
+        partial(plain_shuffle, count, seed),
+        partial(block_shuffle, count, seed, streams),
+        partial(shard_shuffle, _shards(count, 100), seed, streams, buffer=64),
     ]
 
 
@@ -51,21 +52,20 @@ def _orders(count: int, streams: Streams, seed: int = 1) -> list[EpochOrder]:
 @pytest.mark.parametrize("count", [0, 1, BLOCK, BLOCK + 1, 5000])
 def test_every_index_once(count: int, streams: Streams) -> None:
     for order in _orders(count, streams):
-        assert sorted(order.indices(0).tolist()) == list(range(count))
-        assert order.count == count
+        assert sorted(order(0).tolist()) == list(range(count))
 
 
 def test_an_epoch_follows_from_seed_and_number() -> None:
     for one, same, other in zip(*(_orders(3000, Streams(2, 8), seed) for seed in (7, 7, 8)), strict=True):
-        epochs = [one.indices(epoch).tolist() for epoch in range(3)]
-        assert same.indices(2).tolist() == epochs[2]
+        epochs = [one(epoch).tolist() for epoch in range(3)]
+        assert same(2).tolist() == epochs[2]
         assert epochs[0] != epochs[1] != epochs[2]
-        assert other.indices(0).tolist() != epochs[0]
+        assert other(0).tolist() != epochs[0]
 
 
 def test_it_is_a_shuffle() -> None:
     """Blocks and the images in a window: both in disorder."""
-    order = BlockShuffle(48 * BLOCK, 0).indices(0)
+    order = block_shuffle(48 * BLOCK, 0, Streams(), 0)
     assert (np.diff(order) == 1).mean() < 0.01
     windows = order.reshape(-1, WINDOW * BLOCK)
     assert all(len(set(window // BLOCK)) == WINDOW for window in windows)
@@ -78,8 +78,8 @@ def test_workers_have_blocks_and_shards_of_their_own(workers: int, world: int) -
     """A DataLoader's worker w gets steps w, w + W, ...: it must not decode what another one decodes."""
     batch, streams = 8 * world, workers * world
     for order, size in (
-        (BlockShuffle(12 * BLOCK, 2, Streams(streams, 8)), BLOCK),
-        (ShardShuffle(_shards(12 * 64, 64), 2, Streams(streams, 8)), 64),
+        (partial(block_shuffle, 12 * BLOCK, 2, Streams(streams, 8)), BLOCK),
+        (partial(shard_shuffle, _shards(12 * 64, 64), 2, Streams(streams, 8)), 64),
     ):
         read = []
         for rank in range(world):
@@ -94,11 +94,11 @@ def test_workers_have_blocks_and_shards_of_their_own(workers: int, world: int) -
 
 def test_shards_are_mixed_within_the_buffer_and_read_in_turn() -> None:
     """What is drawn at one time comes from what has been read by then: memory is a buffer's."""
-    order = ShardShuffle(_shards(5000, 100), 1, buffer=256)
-    indices = order.indices(0).tolist()
+    shards = _shards(5000, 100)
+    indices = shard_shuffle(shards, 1, Streams(), 0, buffer=256).tolist()
     read_at = {
         index: at
-        for at, index in enumerate(i for s in np.random.default_rng([1, 0]).permutation(50) for i in order.shards[s])
+        for at, index in enumerate(i for s in np.random.default_rng([1, 0]).permutation(50) for i in shards[s])
     }
     assert all(read_at[index] <= at + 256 for at, index in enumerate(indices))
     assert np.mean([abs(read_at[index] - at) for at, index in enumerate(indices)]) > 50
@@ -117,8 +117,8 @@ def test_streams_have_equal_shares(streams: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_part_every_step_evenly_in_order(world: int) -> None:
-    alone = Dealing(PlainShuffle(37, 3), 8)
-    together = [Dealing(PlainShuffle(37, 3), 8, rank, world) for rank in range(world)]
+    alone = Dealing(partial(plain_shuffle, 37, 3), 8)
+    together = [Dealing(partial(plain_shuffle, 37, 3), 8, rank, world) for rank in range(world)]
     assert {dealing.steps for dealing in together} == {alone.steps} == {4}
     for epoch in (0, 1, 0):
         for step in range(4):
@@ -167,8 +167,7 @@ def test_training_takes_it_where_blocks_are_better(
     assert (layout["streams"], layout["unit"], layout["images"]) == (1, recipe.train.batch_size, len(data))
     with pytest.raises(HdovdError, match="another order than the run began with: go on with the same form and place"):
         batches_of(data, alone, layout | {"order": "of shards"})
-    wanted = BlockShuffle(len(data), recipe.train.seed, Streams(1, recipe.train.batch_size)).indices(0).tolist()
+    wanted = block_shuffle(len(data), recipe.train.seed, Streams(1, recipe.train.batch_size), 0).tolist()
     found = [image_id for batch in blocks for _, _, image_id in batch]
     assert found == [data.images[number].id for number in wanted[: len(found)]]
-    assert isinstance(blocks.dealing.order, BlockShuffle)
-    assert isinstance(plain.dealing.order, PlainShuffle)
+    assert plain.dealing.order(0).tolist() == plain_shuffle(len(data), recipe.train.seed, 0).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,7 @@ from torch.utils.data import Dataset
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.targets import Targets
-from hdovd.pipelines.dataloading.loader import Batches, TrainingBatches
-from hdovd.pipelines.dataloading.sampler import Dealing, Draw, PlainShuffle, as_draw
+from hdovd.pipelines.dataloading.loader import Batches, Dealing, Draw, TrainingBatches, as_draw, plain_shuffle
 
 CPU = torch.device("cpu")
 Sample = tuple[Tensor, Targets, int]
@@ -64,7 +64,7 @@ def _ids(batches: Batches[Any]) -> list[list[int]]:
 
 
 def _training(data: Dataset[Any], batch_size: int, workers: int, seed: int = 5) -> TrainingBatches[Any]:
-    return TrainingBatches(data, Dealing(PlainShuffle(len(data), seed), batch_size), workers, device=CPU)  # type: ignore[arg-type]
+    return TrainingBatches(data, Dealing(partial(plain_shuffle, len(data), seed), batch_size), workers, device=CPU)  # type: ignore[arg-type]
 
 
 def test_workers_change_nothing_in_any_epoch() -> None:
@@ -132,7 +132,7 @@ def test_sample_that_cannot_be_sent_is_an_error() -> None:
 FROM_SPAWNED_WORKERS = """
 import torch
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.dataloading.loader import Batches
+from hdovd.pipelines.dataloading.loader import Batches, Dealing, Draw, TrainingBatches, as_draw, plain_shuffle
 from hdovd.data.targets import Targets
 if __name__ == "__main__":
     torch.multiprocessing.set_start_method("spawn")
@@ -152,7 +152,7 @@ if __name__ == "__main__":
 UNDER_64_DESCRIPTORS = """
 import resource
 import torch
-from hdovd.pipelines.dataloading.loader import Batches
+from hdovd.pipelines.dataloading.loader import Batches, Dealing, Draw, TrainingBatches, as_draw, plain_shuffle
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     data = [[torch.full((5,), i) for _ in range(8)] for i in range(1600)]

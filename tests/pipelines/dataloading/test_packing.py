@@ -130,11 +130,11 @@ def test_any_nesting_comes_back_equal_from_places_apart(batch: Any) -> None:
     assert_same(pickle.loads(pickle.dumps(packed)).unpack(), batch)
 
 
-def test_all_tensors_and_arrays_of_a_sample_lie_in_the_buffer() -> None:
+def test_all_tensors_of_a_sample_lie_in_the_buffer() -> None:
     targets = Targets(*(torch.rand(2, 4) for _ in fields(Targets)))
     batch: Any = [
         (torch.rand(3, 5, 5), targets, 1),
-        {"a": np.ones(3)},
+        {"a": torch.ones(3)},
         OrderedDict(b=torch.ones(3)),
         Strict(torch.ones(1), None),
     ]

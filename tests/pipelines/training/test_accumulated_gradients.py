@@ -20,8 +20,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import build_detector
-from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sampler import Dealing
+from hdovd.pipelines.dataloading.loader import Dealing, TrainingBatches
 from hdovd.pipelines.training.loop import Hooks, Loop
 from hdovd.pipelines.training.train import loop_of
 from hdovd.pipelines.training.training_set import Sample, TrainingSet

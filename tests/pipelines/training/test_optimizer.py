@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from hdovd.config.recipe import Recipe
 from hdovd.pipelines.common.device import training_products
-from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sampler import Dealing
+from hdovd.pipelines.dataloading.loader import Dealing, TrainingBatches
 from hdovd.pipelines.training.loop import Loop, build_optimizer
 
 CPU = torch.device("cpu")

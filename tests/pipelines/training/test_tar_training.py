@@ -26,8 +26,7 @@ from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
-from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sampler import Dealing, Draw, Streams
+from hdovd.pipelines.dataloading.loader import Dealing, Draw, Streams, TrainingBatches
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -185,7 +184,7 @@ def test_an_epoch_entered_in_the_middle_by_other_workers_is_the_same(
             parts.append([[sample[2] for sample in batch] for batch, _ in zip(batches, steps, strict=False)])
         expected += [image for step in zip(*parts, strict=True) for part in step for image in part]
     ids = [sample[2] for sample in _in_order(data)]
-    assert expected == [ids[index] for index in order.indices(1)[:22]]
+    assert expected == [ids[index] for index in order(1)[:22]]
     assert len(set(expected)) == 22
     assert set(expected) < set(kept)
 

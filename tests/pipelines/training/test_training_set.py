@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sampler import Dealing, Draw, PlainShuffle
+from hdovd.pipelines.dataloading.loader import Dealing, Draw, TrainingBatches, plain_shuffle
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -153,7 +153,7 @@ def test_shuffled_and_flipped_samples_keep_their_rows(world: Path, cache: Path, 
     plain = {
         data.images[i].id: _training_set(world, cache, micro_recipe("input.flip=0.0"))[i] for i in range(len(data))
     }
-    batches = TrainingBatches(data, Dealing(PlainShuffle(len(data), 3), 5), 1, device=torch.device("cpu"))
+    batches = TrainingBatches(data, Dealing(partial(plain_shuffle, len(data), 3), 5), 1, device=torch.device("cpu"))
     batches.seek(2)
     seen, mirrored = [], 0
     for picture, targets, image_id in (sample for batch in batches for sample in batch):
