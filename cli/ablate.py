@@ -20,10 +20,10 @@ def ablate(config: AblateConfig) -> None:
 
     result = run(config)
     if config.dry_run:
-        plans = [f"{planned.state:16s}{planned.path}" for planned in result.runs]
+        plans = [f"{'to do' if planned.left else 'done':16s}{planned.path}" for planned in result.runs]
         typer.echo("\n".join([*plans, f"{len(plans) - result.left} of {len(plans)} runs done"]))
         return
-    typer.echo("\n".join([f"\n{markdown(result.table)}", *(f"wrote {file}" for file in result.files)]))
+    typer.echo("\n".join([f"\n{markdown(result.table)}", f"wrote {config.out}/table.md, table.csv and table.tex"]))
     failed = [planned.name for planned in result.runs if planned.failed]
     if failed:
         typer.secho(f"{len(failed)} failed: {', '.join(failed)}; the same command tries them again", fg="red", err=True)

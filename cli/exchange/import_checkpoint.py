@@ -8,6 +8,6 @@ from hdovd.pipelines.runs.config import ImportCheckpointConfig
 def import_checkpoint(config: ImportCheckpointConfig) -> None:
     """Every tensor of the file is used or named, and nothing of it is run: a file of anything but tensors is
     refused."""
-    from hdovd.pipelines.runs.import_checkpoint import import_checkpoint as run
+    from hdovd.pipelines.training.initial_weights import import_checkpoint as run
 
     run(config)

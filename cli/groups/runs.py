@@ -38,9 +38,9 @@ def ls(
 
     A run that is under way shows as stopped. A damaged run is listed, with what is wrong.
     """
-    from hdovd.pipelines.runs.listing import read_runs, run_lines, run_values
+    from hdovd.pipelines.runs.listing import find_runs, read_run, run_lines, run_values
 
-    runs = read_runs(folders or [Path()])
+    runs = [read_run(path) for path in find_runs(folders or [Path()])]
     typer.echo(json.dumps(run_values(runs), indent=1) if json_ else "\n".join(run_lines(runs)))
 
 

@@ -35,6 +35,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True)
 
 
+class OpenSection(Section):
+    """A section of the user's own code. All keys but those that are declared are its options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
 def name_of(known: Collection[str], others: str) -> AfterValidator:
     """Accepts a name of a registry and library:name or module:attribute; `others`: what else is expected, for the
     message.
@@ -305,17 +315,11 @@ DETECTORS = Registry(  # classes of `modeling.base.Detector`
 _OWN = "own"
 
 
-class OwnDetectorConfig(Section):
-    """A detector of the user's own, module:Class (docs/EXTENDING.md). All keys but these two are its options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+class OwnDetectorConfig(OpenSection):
+    """A detector of the user's own, module:Class (docs/EXTENDING.md)."""
 
     name: Annotated[str, name_of(DETECTORS, "or my_module:MyDetector")]
     backbone: BackboneConfig
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 def _form(section: Any) -> str:

@@ -8,7 +8,7 @@ import difflib
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from hdovd.config.detector import (
     AUTO,
@@ -23,14 +23,13 @@ from hdovd.config.detector import (
     FasterRCNNConfig,
     Finite,
     NonNegative,
+    OpenSection,
     Positive,
     Section,
     Share,
 )
 from hdovd.core.errors import HdovdError
 from hdovd.core.text_files import cut, parse_toml, read_shipped, shipped, shown
-
-_MOST_ERRORS = 20  # said of one recipe
 
 
 class InputConfig(Section):
@@ -92,17 +91,11 @@ class ImageLossConfig(Section):
     queue: Annotated[int, Field(ge=0)]
 
 
-class ExtraLossConfig(Section):
-    """A loss of the user's own (`extra_losses`). All keys but these two are its options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+class ExtraLossConfig(OpenSection):
+    """A loss of the user's own (`extra_losses`)."""
 
     use: str  # module:Class
     weight: NonNegative
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 class LossConfig(Section):
@@ -215,10 +208,6 @@ class Recipe(Section):
         return tomli_w.dumps(self.model_dump(by_alias=True))
 
 
-def shipped_recipes() -> list[str]:
-    return shipped("recipes")
-
-
 def load_recipe(name_or_file: str, sets: list[str] | tuple[str, ...] = ()) -> Recipe:
     """A shipped recipe or a TOML file, with `key.path=value` settings laid over it. A file with `extends = "NAME"` is
     laid over the shipped recipe NAME.
@@ -236,9 +225,9 @@ def _extended(tree: dict[str, Any], origin: str) -> dict[str, Any]:
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    if parent not in shipped_recipes():
+    if parent not in shipped("recipes"):
         raise HdovdError(
-            f"recipe {origin}: extends is {shown(parent)}, expected a shipped recipe: {', '.join(shipped_recipes())}"
+            f"recipe {origin}: extends is {shown(parent)}, expected a shipped recipe: {', '.join(shipped('recipes'))}"
         )
     return _laid_over(_extended(read_shipped(parent, "recipe"), parent), tree)
 
@@ -254,9 +243,8 @@ def build_recipe(tree: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {_explain(dict(e))}" for e in error.errors()[:_MOST_ERRORS]]
-        more = error.error_count() - len(lines)
-        raise HdovdError(f"recipe {origin}:\n" + "\n".join(lines) + (f"\n  and {more} more" if more else "")) from error
+        told = "\n".join(f"  {_explain(dict(e))}" for e in error.errors())
+        raise HdovdError(f"recipe {origin}:\n{told}") from error
 
 
 def outside_code(recipe: Recipe) -> dict[str, str]:

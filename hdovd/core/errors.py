@@ -110,3 +110,8 @@ def require_files(**options: Path | None) -> None:
     for name, file in options.items():
         if file is not None and not file.is_file():
             raise HdovdError(f"--{name.replace('_', '-')}: no file {file}")
+
+
+def in_a_line(error: Exception) -> str:
+    """The kind of an error and what it says, cut."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

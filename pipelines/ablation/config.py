@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache.catalog import Catalog, is_tar_form
+from hdovd.cache.catalog import is_tar_form
 from hdovd.config.recipe import PRESETS
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
 from hdovd.pipelines.common.options import (
     DEFAULT_RECIPE,
@@ -78,8 +77,6 @@ class AblateConfig(RunsOptions):
         for name in ("seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise HdovdError(f"--{name} {getattr(self, name)}: expected 1 or more")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise HdovdError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
         refuse_two_sources((*self.settings, *self.grid), self.calibration)
         if (self.data.images or self.data.annotations) and self.validation is None:
             raise HdovdError(
@@ -89,16 +86,17 @@ class AblateConfig(RunsOptions):
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
-        load_protocol(self.protocol)
         (self.validation or self.data).locate("val2017")
         if self.oracle:
             check_oracle(self.cache, self.protocol)
         if not is_tar_form(self.cache):
             self.data.locate("train2017")
-            Catalog(self.cache)
 
     @property
     def all_settings(self) -> tuple[str, ...]:
         """What is laid over the recipe in all cells."""
-        calibrated = () if self.calibration is None else read_calibration(self.calibration).settings()
-        return (*(PRESETS[self.preset] if self.preset else ()), *self.settings, *calibrated)
+        return (
+            *(PRESETS[self.preset] if self.preset else ()),
+            *self.settings,
+            *(read_calibration(self.calibration).settings() if self.calibration else ()),
+        )

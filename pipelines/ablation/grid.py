@@ -8,7 +8,7 @@ import io
 import itertools
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import GROUPS
+from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.settings import SWITCH, Settings, flat, in_full, short_names, shown_apart, value_at
 from hdovd.pipelines.runs.folder import UPPER_BOUND
@@ -42,11 +43,6 @@ class Cell:
         return load_recipe(recipe, [*settings, *self.settings, f"{SEED}={seed}"])
 
 
-def recipe_settings(recipe: Recipe) -> Settings:
-    """A recipe's values by dotted key, as its TOML names them."""
-    return flat(recipe.model_dump(by_alias=True))
-
-
 def cells_of(recipe: str, settings: Sequence[str], grid: Sequence[str], preset: Sequence[str] = ()) -> list[Cell]:
     """All combinations of the grid, the first key varying slowest; one cell, `recipe`, without a grid.
 
@@ -63,26 +59,17 @@ def cells_of(recipe: str, settings: Sequence[str], grid: Sequence[str], preset: 
         if key in keys or key == SEED:
             raise HdovdError(f"--set {setting}: {'--seeds' if key == SEED else '--grid'} says what {key} is")
     base = [*preset, *settings]
-    short, cells, seen = short_names(keys, recipe_settings(load_recipe(recipe, base))), list[Cell](), dict[str, Cell]()
+    short, seen = short_names(keys, flat(load_recipe(recipe, base).model_dump(by_alias=True))), dict[str, Cell]()
     for combination in itertools.product(*keys.values()):
         mine = tuple(f"{key}={value}" for key, value in zip(keys, combination, strict=True))
-        try:
-            made = load_recipe(recipe, [*base, *mine])
-        except HdovdError as error:
-            raise HdovdError(f"--grid {' '.join(mine)}: {error}") from error
-        tree = made.model_dump(by_alias=True)
-        values = {key: value_at(tree, key) for key in keys}
+        made = load_recipe(recipe, [*base, *mine])
+        values = {key: value_at(made.model_dump(by_alias=True), key) for key in keys}
         name = "_".join(f"{short[key]}-{_as_name(in_full(value))}" for key, value in values.items()) or "recipe"
         cell = Cell(name, values, mine)
         same = seen.setdefault(made.to_toml(), cell)
         if same is not cell:
             raise HdovdError(f"--grid: {' '.join(mine)} and {' '.join(same.settings)} are the same cell: leave one out")
-        cells.append(cell)
-    if len({cell.name for cell in cells}) < len(cells):  # 1 and "1", where a recipe takes both
-        raise HdovdError(
-            f"--grid {' '.join(grid)}: two cells have the same name: {', '.join(cell.name for cell in cells)}"
-        )
-    return cells
+    return list(seen.values())
 
 
 def with_arms(cells: Sequence[Cell], recipe: str, settings: Sequence[str]) -> list[Cell]:
@@ -96,8 +83,7 @@ def with_arms(cells: Sequence[Cell], recipe: str, settings: Sequence[str]) -> li
         for cell in cells
     ]
     arms = (ORACLE,) if any(cell.arm for cell in cells) else (BASE_ONLY, ORACLE)
-    tree = made.model_dump(by_alias=True)
-    values = {key: value_at(tree, key) for key in cells[0].values}
+    values = {key: value_at(made.model_dump(by_alias=True), key) for key in cells[0].values}
     return [*cells, *(Cell(arm, values, PRESETS[BASE_ONLY], arm) for arm in arms)]
 
 
@@ -176,27 +162,19 @@ class Row:
             return str(self.done)
         return f"{self.done} of {self.seeds}" + (f", {self.failed} failed" if self.failed else "")
 
-    def _numbers(self, metric: str) -> list[float]:
-        """The values of seeds that have one; of the gap none at all where one seed has none."""
+    def moments(self, metric: str) -> tuple[float | None, float | None]:
+        """Mean and sample standard deviation over the seeds that have a value, as far as there are any: none of the gap
+        where one seed has none.
+        """
         values = list(self.scores.get(metric, {}).values())
-        return [] if metric == GAP and None in values else [value for value in values if value is not None]
-
-    def mean(self, metric: str) -> float | None:
-        numbers = self._numbers(metric)
-        return statistics.mean(numbers) if numbers else None
-
-    def deviation(self, metric: str) -> float | None:
-        """The sample standard deviation; None for a single value."""
-        numbers = self._numbers(metric)
-        return statistics.stdev(numbers) if len(numbers) > 1 else None
+        numbers = [] if metric == GAP and None in values else [value for value in values if value is not None]
+        return statistics.mean(numbers) if numbers else None, statistics.stdev(numbers) if len(numbers) > 1 else None
 
     def text(self, metric: str) -> str:
         """Mean (deviation), with one decimal; nothing for a metric that the row does not have."""
-        mean, deviation = self.mean(metric), self.deviation(metric)
-        if metric not in self.scores:
-            return ""
+        mean, deviation = self.moments(metric)
         if mean is None:
-            return "-" if self.scores[metric] else NONE
+            return "" if metric not in self.scores else "-" if self.scores[metric] else NONE
         return f"{mean:.1f}" + ("" if deviation is None else f" ({deviation:.1f})")
 
 
@@ -214,12 +192,8 @@ class AblationTable:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The columns of numbers."""
-        return (*self.groups, BLIND, GAP) if self.has_arms else (*self.groups, BLIND)
-
-    @property
-    def has_arms(self) -> bool:
-        return any(row.arm for row in self.rows)
+        """The columns of numbers; the gap, where there are its two arms."""
+        return (*self.groups, BLIND, *([GAP] if any(row.arm for row in self.rows) else []))
 
 
 def scores_of(runs: Mapping[int, Run]) -> dict[str, dict[int, float | None]]:
@@ -266,35 +240,21 @@ def column_texts(values: Sequence[Any]) -> list[str]:
     return shown_apart(values)
 
 
-def note(runs: Sequence[Run], seeds: int, made_of: Mapping[str, str]) -> str:
-    """Of the runs, not of the moment: the same runs have the same note."""
-    over = f"seeds 0 to {seeds - 1}" if seeds > 1 else "seed 0"
-    features = _listed("features", (str(run.cache_id) for run in runs))
-    begun = sorted(f"{run.date:%Y-%m-%d}" for run in runs)
+def note(runs: Sequence[Run], config: AblateConfig) -> str:
+    """What the numbers were made of. Of the runs, not of the moment: the same runs have the same note."""
+    seeds = f"seeds 0 to {config.seeds - 1}" if config.seeds > 1 else "seed 0"
+    commits = {str(run.git["commit"])[:10] for run in runs if run.git and "commit" in run.git}
     parts = [
-        f"{metric_of(runs)} in percent, mean (sample standard deviation) over {over}",
-        f"data {made_of['data']}",
-        f"protocol {made_of['protocol']}",
-        f"cache {made_of['cache']}, set {made_of['features']}" + (f", {features}" if features else ""),
-        f"recipe {made_of['recipe']}",
-        " to ".join(dict.fromkeys([*begun[:1], *begun[-1:]])),
-        *(_listed(name, (run.versions.get(name, "?") for run in runs)) for name in ("hdovd", "torch")),
-        _listed(
-            "commit",
-            (
-                str(run.git["commit"])[:10] + (" with changes" if run.git.get("dirty") else "")
-                for run in runs
-                if run.git and "commit" in run.git
-            ),
-        ),
+        f"{metric_of(runs)} in percent, mean (sample standard deviation) over {seeds}",
+        f"data {config.data.root or config.data.annotations or config.cache}",
+        f"protocol {config.protocol}",
+        f"cache {config.cache}, set {config.features}",
+        " ".join(["recipe", config.recipe, *config.all_settings]),
+        *([f"from the weights of {config.init}"] if config.init else []),
+        *(f"hdovd {version}" for version in sorted({run.versions.get("hdovd", "?") for run in runs})),
+        *(f"commit {commit}" for commit in sorted(commits)),
     ]
-    return "; ".join(part for part in parts if part) + "."
-
-
-def _listed(what: str, values: Iterable[str]) -> str:
-    """`what` the different values are, or nothing without one."""
-    different = sorted(set(values))
-    return f"{what} {', '.join(different)}" if different else ""
+    return "; ".join(parts) + "."
 
 
 def markdown(table: AblationTable) -> str:
@@ -344,29 +304,26 @@ def comma_separated(table: AblationTable) -> str:
     ]
     names = [f"{slug}_{part}" for slug in slugs for part in parts]
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["cell", *(["arm"] if table.has_arms else []), *table.keys, "seeds", "done", "failed", *names])
+    writer.writerow(
+        ["cell", *(["arm"] if GAP in table.metrics else []), *table.keys, "seeds", "done", "failed", *names]
+    )
     for row in table.rows:
         numbers = [
             value
             for metric in table.metrics
-            for value in (
-                row.mean(metric),
-                row.deviation(metric),
-                *(row.scores.get(metric, {}).get(seed) for seed in seeds),
-            )
+            for value in (*row.moments(metric), *(row.scores.get(metric, {}).get(seed) for seed in seeds))
         ]  # csv writes None as nothing
         values = [str(value).lower() if isinstance(value, bool) else value for value in row.values]
-        arm = [row.arm] if table.has_arms else []
-        writer.writerow([row.name, *arm, *values, row.seeds, row.done, row.failed, *numbers])
+        writer.writerow(
+            [row.name, *([row.arm] if GAP in table.metrics else []), *values, row.seeds, row.done, row.failed, *numbers]
+        )
     return out.getvalue()
 
 
-def write_tables(table: AblationTable, out: Path) -> list[Path]:
+def write_tables(table: AblationTable, out: Path) -> None:
     """table.md, table.csv and table.tex in `out`, each whole or as it was."""
-    forms = {"table.md": markdown, "table.csv": comma_separated, "table.tex": latex}
-    for name, form in forms.items():
+    for name, form in {"table.md": markdown, "table.csv": comma_separated, "table.tex": latex}.items():
         write_text(out / name, form(table))
-    return [out / name for name in forms]
 
 
 def tex(text: str) -> str:
@@ -379,7 +336,7 @@ def _texts(table: AblationTable) -> tuple[list[str], list[list[str]]]:
     short = short_names(table.keys, table.keys)
     head = [*(short[key] if key.endswith(SWITCH) else key for key in table.keys), *table.metrics, "seeds"]
     columns = [column_texts([row.values[column] for row in table.rows]) for column in range(len(table.keys))]
-    if not columns or table.has_arms:
+    if not columns or GAP in table.metrics:
         names = [row.arm or ("" if columns else row.name) for row in table.rows]
         head, columns = ["", *head], [names, *columns]
     numbers = [[*(row.text(metric) for metric in table.metrics), row.state] for row in table.rows]
@@ -389,5 +346,5 @@ def _texts(table: AblationTable) -> tuple[list[str], list[list[str]]]:
 def _marks(table: AblationTable) -> list[str]:
     """What the marks of rows mean that are not finished, and what the gap is."""
     unfinished = f"Not finished: {NONE} no seed is done yet; 1 of 3 seeds: the mean of that one."
-    is_whole = all(row.done == row.seeds for row in table.rows)
-    return ([] if is_whole else [unfinished]) + ([GAP_TOLD] if table.has_arms else [])
+    marks = [] if all(row.done == row.seeds for row in table.rows) else [unfinished]
+    return marks + ([GAP_TOLD] if GAP in table.metrics else [])

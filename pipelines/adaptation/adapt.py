@@ -145,8 +145,7 @@ def _with_examples(data: JudgedSet, run: RunFolder) -> list[str]:
     if not (names := [name for name in data.base if name not in known.names]):
         return before
     source, base = (data.replay, known.base) if data.replay is not None else (data, data.base)
-    gap = Gap.of(source.cache, torch.from_numpy(data.class_embeddings(base)))
-    mixed = mix_examples(data, names, gap)
+    mixed = mix_examples(data, names, Gap.of(source.cache, torch.from_numpy(data.class_embeddings(base))))
     data.rows.update(mixed)
     return sorted({*mixed, *before})
 

@@ -27,7 +27,7 @@ from hdovd.data.protocol import Protocol
 from hdovd.data.targets import Targets
 from hdovd.pipelines.calibration.values import VALUES
 from hdovd.pipelines.common.settings import value_at
-from hdovd.pipelines.dataloading.loader import Draw, as_draw, key_of
+from hdovd.pipelines.dataloading.loader import Draw, key_of
 from hdovd.pipelines.detection.examples import Gap
 from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.runs.folder import RunFolder
@@ -107,8 +107,6 @@ class JudgedSet(TrainingSet):
     (t, 5): x0, y0, x1, y1, label. `rows`: by name, the text embeddings of the joined classes.
     """
 
-    federated = True
-
     def __init__(
         self,
         split: Split,
@@ -122,10 +120,9 @@ class JudgedSet(TrainingSet):
         """`base`: the joined base classes. Raises HdovdError as TrainingSet, and for images without any box."""
         super().__init__(split, cache, recipe)
         self.place, self.rows, self.base = torch.tensor([base.index(name) for name in own.base]), rows, base
-        images = {image.id: image for image in self.images}  # each once, however often an epoch has it
         self.taught, self.replay, self.drawn = dict[int, Tensor](), replay, 0
-        order = sorted(images.values(), key=lambda image: key_of(recipe.train.seed, -3, image.id))
-        told = [image for image in order if len(image.labels)]  # by the others no class is judged
+        once = {image.id: image for image in self.images if len(image.labels)}  # by the others no class is judged
+        told = sorted(once.values(), key=lambda image: key_of(recipe.train.seed, -3, image.id))
         if not told:
             raise HdovdError(f"{split.annotations}: no image with boxes of its base classes, expected one at least")
         self.few = len(told) < FEW
@@ -143,8 +140,7 @@ class JudgedSet(TrainingSet):
     def __len__(self) -> int:
         return len(self.images) + self.drawn
 
-    def __getitem__(self, wanted: Draw | int) -> Sample:
-        draw = as_draw(wanted)
+    def __getitem__(self, draw: Draw) -> Sample:
         if self.replay is None or draw.index < len(self.images):
             return super().__getitem__(draw)
         index = key_of(self.recipe.train.seed, draw.epoch, -1 - draw.index) % len(self.replay)
@@ -158,10 +154,6 @@ class JudgedSet(TrainingSet):
     def class_embeddings(self, names: Sequence[str]) -> np.ndarray:
         return np.stack([self.rows[name] for name in names])
 
-    def describe(self) -> str:
-        earlier = f" and {self.drawn} of {len(self.replay)} earlier ones an epoch" if self.replay is not None else ""
-        return f"{len(self.images)} images{earlier}, {sum(len(image.boxes) for image in self.images)} new boxes"
-
 
 def mix_examples(data: JudgedSet, names: Sequence[str], gap: Gap) -> dict[str, np.ndarray]:
     """(D,) embedding of those of the classes `names` whose own names say nothing: of the boxes that the data have of
@@ -171,8 +163,7 @@ def mix_examples(data: JudgedSet, names: Sequence[str], gap: Gap) -> dict[str, n
     """
     if not names:
         return {}
-    images = {image.id: image for image in data.images}.values()
-    found = [(t.labels, t.embeddings) for t in map(data.targets, images)]
+    found = [(t.labels, t.embeddings) for t in map(data.targets, {image.id: image for image in data.images}.values())]
     label, rows = torch.cat([one for one, _ in found]), torch.cat([two for _, two in found])
     label, rows = label[rows.any(dim=1)], F.normalize(rows[rows.any(dim=1)], dim=1)  # zeros: not in the cache
     texts, mixed, told = torch.from_numpy(data.class_embeddings(data.base)), dict[str, np.ndarray](), list[str]()
@@ -234,12 +225,10 @@ NAIVE = (  # to compare with: boxes alone, and what has none is background
 NAIVE_TEXT = ("detector.text.alignment_weight=0.0", "detector.text.relation_weight=0.0")  # of detectors of queries
 
 
-def chain_of(run: RunFolder, tried: tuple[Path, ...] = ()) -> list[RunFolder]:
+def chain_of(run: RunFolder) -> list[RunFolder]:
     """A run, the one whose weights it began with, that of this one, and so on, as far as they are here."""
-    start = value_at(run.record(), "init.run")
-    before = Path(str(start))
-    more = start is not None and before not in tried and (before / "run.json").is_file()
-    return [run, *(chain_of(RunFolder(before), (*tried, before)) if more else [])]
+    before = Path(value_at(run.record(), "init.run") or "nowhere")
+    return [run, *(chain_of(RunFolder(before)) if (before / "run.json").is_file() else [])]
 
 
 def adapted_from(run: RunFolder) -> list[RunFolder]:
@@ -263,10 +252,7 @@ def planned(
     """
     first, file, pictures = adapted_from(run)[-1], str(run.path / "config.toml"), len(data.images)
     old, entries, weights = first.written_recipe(), first.entries(), run.record().get("reliability", {})
-    if "adapted" in first.record():
-        log(f"note: the run that {first.path} began with is not here: how much is trained follows {first.path} itself")
     backbone, done = old.detector.backbone, int(entries[-1]["step"]) if entries else None  # an import has no log
-    held = 0 if data.few else len(data.judging)
     seen = (done or LONGEST) * old.train.batch_size / SHORTER  # pictures
     known = (value_at(first.record(), "cache.levels.boxes.inputs.images.count") or 0) * (1 - 1 / HELD_OUT)
     if earlier := max(known, 0 if data.replay is None else len(data.replay.images)):
@@ -299,7 +285,8 @@ def planned(
     recipe = load_recipe(file, [*plan, f"train.lr={lr!r}", f"train.warmup_iterations={warm_up}", *settings])
     had = "an unknown number of" if done is None else f"{done:,d}"
     log(
-        f"{pictures:,d} new pictures and {held:,d} held out, {data.drawn:,d} earlier ones an epoch: "
+        f"{pictures:,d} new pictures and {0 if data.few else len(data.judging):,d} held out, {data.drawn:,d} earlier "
+        "ones an epoch: "
         f"train.epochs={recipe.train.epochs} (the run had {had} steps), "
         f"train.batch_size={recipe.train.batch_size}, train.lr={recipe.train.lr:.2g}, "
         f"detector.backbone.frozen_stages={recipe.detector.backbone.frozen_stages}; --set says otherwise"
@@ -312,5 +299,5 @@ def plain(run: RunFolder, pictures: int, world: int = 1) -> Recipe:
     file, recipe = str(run.path / "config.toml"), run.written_recipe()
     batch, parts = parted(min(recipe.train.batch_size, pictures), recipe.train.accumulate, world)
     warm_up = min(recipe.train.warmup_iterations, recipe.train.epochs * max(1, pictures // batch) // 10)
-    of_text = NAIVE_TEXT if hasattr(recipe.detector, "text") else ()
-    return load_recipe(file, [*NAIVE, *of_text, *parts, f"train.warmup_iterations={warm_up}"])
+    naive = [*NAIVE, *(NAIVE_TEXT if hasattr(recipe.detector, "text") else ())]
+    return load_recipe(file, [*naive, *parts, f"train.warmup_iterations={warm_up}"])

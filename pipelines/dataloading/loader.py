@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -40,11 +40,6 @@ class Draw:
     epoch: int
     step: int
     index: int
-
-
-def as_draw(wanted: Draw | int) -> Draw:
-    """A plain index is that of the first epoch."""
-    return Draw(0, 0, wanted) if isinstance(wanted, int) else wanted
 
 
 def key_of(seed: int, epoch: int, image_id: int) -> int:
@@ -181,20 +176,16 @@ class Dealing:
 ALIGNMENT = 64  # bytes: a cache line, and a multiple of the size of every dtype that torch has
 
 
-class Place(NamedTuple):
-    """Where a tensor lies: contiguous from `offset`, a multiple of `ALIGNMENT` bytes."""
+Place = tuple[int, torch.Size, torch.dtype]  # of a tensor: contiguous from an offset, a multiple of ALIGNMENT bytes
 
-    offset: int
-    shape: torch.Size
-    dtype: torch.dtype
 
-    def view(self, buffer: Tensor) -> Tensor:
-        """The tensor in `buffer`, without a copy. Not a slice of it: slices share one version counter, and autograd
-        would take a change of one for one of all. And of the buffer's own storage: torch waits for copies to a GPU from
-        pinned memory by that.
-        """
-        number = self.offset // self.dtype.itemsize
-        return torch.empty(0, dtype=self.dtype).set_(buffer.untyped_storage(), number, self.shape, ())  # no strides
+def _view(buffer: Tensor, place: Place) -> Tensor:
+    """The tensor of a place in `buffer`, without a copy. Not a slice of it: slices share one version counter, and
+    autograd would take a change of one for one of all. And of the buffer's own storage: torch waits for copies to a GPU
+    from pinned memory by that.
+    """
+    offset, shape, dtype = place
+    return torch.empty(0, dtype=dtype).set_(buffer.untyped_storage(), offset // dtype.itemsize, shape, ())  # no strides
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +218,7 @@ def pack(batch: Batch) -> Packed[Batch]:
     pickler.dump(batch)
     buffer = torch.empty(pickler.size, dtype=torch.uint8)
     for place, source in zip(pickler.places, pickler.sources, strict=True):
-        place.view(buffer).copy_(source.detach())
+        _view(buffer, place).copy_(source.detach())
     return Packed(buffer, pickler.places, file.getvalue())
 
 
@@ -240,7 +231,7 @@ class _Pickler(pickle.Pickler):
         plain = type(value) is Tensor and value.device.type == "cpu" and value.layout == torch.strided
         if not plain or value.is_quantized:
             return None
-        self.places.append(Place(self.size, value.shape, value.dtype))
+        self.places.append((self.size, value.shape, value.dtype))
         self.sources.append(value)
         self.size += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
         return len(self.places) - 1
@@ -252,7 +243,7 @@ class _Unpickler(pickle.Unpickler):
         self._packed = packed
 
     def persistent_load(self, number: int) -> Tensor:
-        return self._packed.places[number].view(self._packed.buffer)
+        return _view(self._packed.buffer, self._packed.places[number])
 
 
 class _Guarded(Dataset[Any]):
@@ -287,9 +278,8 @@ class Batches(Generic[Sample]):
         """Raises HdovdError for a sample that cannot be had."""
         for loaded in self._loader:
             batch = loaded.unpack() if isinstance(loaded, Packed) else loaded
-            for sample in batch:
-                if isinstance(sample, HdovdError):
-                    raise sample
+            if errors := [sample for sample in batch if isinstance(sample, HdovdError)]:
+                raise errors[0]
             yield batch
 
 
@@ -309,8 +299,9 @@ class TrainingBatches(Batches[Sample]):
 
     def seek(self, epoch: int, step: int = 0) -> None:
         """What the next iteration begins with; both from 0."""
-        steps = range(step, self.dealing.steps)
-        self._draws[:] = [[Draw(epoch, at, index) for index in self.dealing.part(epoch, at)] for at in steps]
+        self._draws[:] = [
+            [Draw(epoch, at, index) for index in self.dealing.part(epoch, at)] for at in range(step, self.dealing.steps)
+        ]
 
 
 def _apart(_: int) -> None:

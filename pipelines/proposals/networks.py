@@ -45,7 +45,8 @@ from hdovd.pipelines.dataloading.loader import (
     plain_shuffle,
 )
 from hdovd.pipelines.proposals.config import Detector, ProposeConfig, require_network
-from hdovd.pipelines.training.hooks import SavingHooks, load_checkpoint
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.hooks import RunHooks, load_checkpoint
 from hdovd.pipelines.training.loop import Loop
 from hdovd.pipelines.training.train import data_parallel, prepared, told_shortly
 
@@ -54,7 +55,7 @@ KINDS: dict[Detector, type[ProposalNetwork]] = {
     Detector.RPN: ObjectnessNetwork,
 }
 SECTIONS = ("detector", "input", "proposals", "train")  # of a recipe: what such a network is made of
-STATE = ("model", "optimizer", "step", "window", "rng", "wanted")  # of a checkpoint
+STATE = ("model", "optimizer", "step", "window", "wanted")  # of a checkpoint
 
 
 def network_file(job: ProposeConfig, detector: Detector) -> Path:
@@ -289,6 +290,7 @@ def _train(job: ProposeConfig, file: Path, split: Split, wanted: dict[str, Any],
     if state is not None:
         _check_made_by(state["wanted"], wanted, folder)
     if us.leads:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "stopped").unlink(missing_ok=True)  # of the call before, for job files
     require_some_readable(split)
     torch.manual_seed(config.seed)
@@ -311,7 +313,7 @@ def _train(job: ProposeConfig, file: Path, split: Split, wanted: dict[str, Any],
     loop = Loop(
         model, losses_of, batches, config, us.device, f"train {wanted['detector']}", lambda sample: sample.image_id
     )
-    hooks = SavingHooks(folder, network, us, stop, {"wanted": wanted}, job.save_minutes)
+    hooks = RunHooks(RunFolder(folder), network, us, stop, {"wanted": wanted}, job.save_minutes)
     if state is not None:
         hooks.restore(state, loop)
         log(f"training goes on at step {loop.step_number} of {loop.total}")

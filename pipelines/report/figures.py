@@ -75,7 +75,7 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
         for values, members in groups.values()
     ]
     metrics = (*table_groups(runs), BLIND)
-    means = {metric: [row.mean(metric) for row in rows] for metric in metrics}
+    means = {metric: [row.moments(metric)[0] for row in rows] for metric in metrics}
     columns = [column_texts([row.values[k] for row in rows]) for k in range(len(keys))]
     return {
         "columns": list(short_names(keys, {key for run in runs for key in run.settings}).values()),

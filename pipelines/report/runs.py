@@ -20,6 +20,7 @@ from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import Protocol, group_of
 from hdovd.modeling.losses.instance import relation_loss
 from hdovd.pipelines.common.device import pick_device
+from hdovd.pipelines.dataloading.loader import Draw
 from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse
 from hdovd.pipelines.evaluation.evaluate import load_detector
 from hdovd.pipelines.extraction.source import cache_of, data_of_cache
@@ -158,7 +159,7 @@ def relations(
     as_it_is = recipe.model_copy(update={"input": recipe.input.model_copy(update={"flip": 0.0})})
     with quiet():
         training = TrainingSet(split, cache, as_it_is)
-    batch = [training[i] for i in _telling(training, images)]
+    batch = [training[Draw(0, 0, i)] for i in _telling(training, images)]
     place = pick_device(device)
     model = load_detector(run, training.dim, place, weights).eval()
     ids = [image_id for _, _, image_id in batch]

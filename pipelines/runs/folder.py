@@ -107,33 +107,14 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls,
-        path: Path,
-        recipe: Recipe,
-        protocol: Protocol,
-        class_embeddings: Tensor,
-        record: dict[str, Any],
-        *,
-        overwrite: bool,
+        cls, path: Path, recipe: Recipe, protocol: Protocol, class_embeddings: Tensor, record: dict[str, Any]
     ) -> RunFolder:
-        """Start a run. Raises HdovdError if one is there, unless `overwrite`."""
-        from hdovd.pipelines.common.tensors import (
-            save_tensors,
-        )  # here: whether there is a run is asked before torch is imported
-
-        if not overwrite:
-            cls.require_none(path)
-        if (path / "run.json").exists():
-            for name in FILES:
-                (path / name).unlink(missing_ok=True)
-            for file in (*path.glob("unsound_batch*.json"), *path.glob(".*.partial")):
-                file.unlink()
-            for name in FOLDERS:
-                shutil.rmtree(path / name, ignore_errors=True)
-        write_text(path / "config.toml", recipe.to_toml())
-        rows = {"embeddings": class_embeddings.contiguous()}
-        replace_file(path / "class_embeddings.safetensors", lambda partial: save_tensors(rows, partial))
+        """Start a run, in place of one that is there."""
         run = cls(path, trusted=True)
+        if (path / "run.json").exists():
+            run.remove(*FILES, *FOLDERS, "unsound_batch*.json", ".*.partial")
+        write_text(path / "config.toml", recipe.to_toml())
+        run._save({"embeddings": class_embeddings}, "class_embeddings.safetensors")
         run._write_record(  # the last: what has one is begun
             {
                 "protocol": protocol.to_dict(),
@@ -146,7 +127,6 @@ class RunFolder:
 
     def check_same(self, recipe: Recipe, protocol: Protocol, record: dict[str, Any]) -> None:
         """Raises HdovdError naming what is asked for otherwise than the run began."""
-        before = self.record()
         asked, began = (
             {
                 "recipe": lasting_values(own),
@@ -154,7 +134,10 @@ class RunFolder:
                 "cache": {level: entry["key"] for level, entry in about["cache"]["levels"].items()},
                 "oracle": about.get("oracle", False),
             }
-            for own, about in ((recipe, record | {"protocol": protocol.to_dict()}), (self.written_recipe(), before))
+            for own, about in (
+                (recipe, record | {"protocol": protocol.to_dict()}),
+                (self.written_recipe(), self.record()),
+            )
         )
         require_same(
             asked,
@@ -166,14 +149,19 @@ class RunFolder:
 
     def go_on(self, log_bytes: int, now: dict[str, Any]) -> None:
         """The log is cut back to `log_bytes`; detections of weights on the way go."""
-        for name in ("stopped", "metrics.json", "detections.json", "retention.json"):
-            (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / "pictures", ignore_errors=True)
+        self.remove("stopped", "metrics.json", "detections.json", "retention.json", "pictures")
+        with (self.path / "log.jsonl").open("ab") as log:
+            log.truncate(min(log_bytes, log.tell()))
         before = self.record()
-        file = self.path / "log.jsonl"
-        if file.exists():
-            os.truncate(file, min(log_bytes, file.stat().st_size))
-        self._write_record(before | {"resumed": [*before.get("resumed", []), now]})
+        self._write_record(before | {"resumed": [*before["resumed"], now]})
+
+    def remove(self, *patterns: str) -> None:
+        """Delete the files and folders of these names, as far as they are there."""
+        for file in [file for pattern in patterns for file in self.path.glob(pattern)]:
+            if file.is_dir():
+                shutil.rmtree(file)
+            else:
+                file.unlink()
 
     def add_to_record(self, **entries: Any) -> None:
         """What became of the run after its training."""
@@ -181,11 +169,9 @@ class RunFolder:
 
     def _write_record(self, record: dict[str, Any]) -> None:
         write_text(self.path / "run.json", json.dumps(sealed(record), indent=1))
-        code = outside_code(load_recipe(str(self.path / "config.toml")))
-        if code or _is_address(str(record["cache"].get("path"))):
-            with suppress(OSError):  # then the user will be asked for --trust
-                self._made_here().parent.mkdir(parents=True, exist_ok=True)
-                self._made_here().touch()
+        with suppress(OSError):  # then the user will be asked for --trust
+            self._made_here().parent.mkdir(parents=True, exist_ok=True)
+            self._made_here().touch()
 
     @staticmethod
     def require_none(path: Path) -> None:
@@ -228,10 +214,25 @@ class RunFolder:
         file = self.path / "run.json"
         require_readable(file)
         try:
-            return parse_record(file.read_bytes(), trusted=self.trusted)
-        except ValueError as error:
+            record: dict[str, Any] = json.loads(file.read_bytes())
+            if not self.trusted:
+                require_seal(record)
+            parse_protocol(record["protocol"])
+            levels = record["cache"]["levels"].values()
+            texts = [record["cache"].get("path"), *(entry["key"] for entry in levels)]
+            if began := record.get("init"):
+                texts += [began["run"], began["sha256"]]
+            if known := record.get("reliability"):
+                texts.append(known["source"])
+                _ = [float(known[name]) for name in ("centre", "width", "scale")]
+            trees = [record.get("files", {}), *(entry.get("inputs", {}) for entry in levels)]
+            if not (all(isinstance(text, str | None) for text in texts) and all(isinstance(t, dict) for t in trees)):
+                raise TypeError("expected texts and objects")
+            return record | {"resumed": list(record.get("resumed", []))}
+        except (HdovdError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = error if isinstance(error, HdovdError | ValueError) else repr(error)
             raise HdovdError(
-                f"{file} is damaged ({error}): was the run copied whole? If you changed it yourself: --trust"
+                f"{file} is damaged ({why}): was the run copied whole? If you changed it yourself: --trust"
             ) from error
 
     def cache_url(self) -> str | None:
@@ -239,7 +240,7 @@ class RunFolder:
         a network, unless the run is trusted.
         """
         url: str | None = self.record()["cache"].get("path")
-        if url is not None and _is_address(url):
+        if url is not None and "://" in url and not url.startswith("file://"):
             self._require_trust(f"names the cache {url}, which would be asked with your credentials")
         return url
 
@@ -282,14 +283,9 @@ class RunFolder:
         """(C, D) text embeddings of the protocol's classes. Raises HdovdError if the file is not there, damaged, or of
         other classes.
         """
-        from hdovd.pipelines.common.tensors import load_tensors
-
-        file = self.path / "class_embeddings.safetensors"
-        if not file.exists():
-            raise HdovdError(f"{self.path} has no {file.name}, which hdovd train writes: was the run copied whole?")
-        tensors, names = load_tensors(file), self.protocol().names
+        file, names = self.path / "class_embeddings.safetensors", self.protocol().names
+        rows = self._tensors(file.name).get("embeddings")
         self._require_as_written(file.name)
-        rows = tensors.get("embeddings")
         if (
             rows is None
             or rows.ndim != 2
@@ -304,21 +300,28 @@ class RunFolder:
             )
         return rows
 
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        """Raises HdovdError for a file that is not there, or damaged."""
+        from hdovd.pipelines.common.tensors import load_tensors
+
+        if not (self.path / name).is_file():
+            raise HdovdError(f"{self.path} has no {name}: was the run copied whole, and validated while it trained?")
+        return load_tensors(self.path / name)
+
     def save_model(self, model: nn.Module, name: str = "model.safetensors") -> None:
+        self._save(model.state_dict(), name)
+
+    def _save(self, tensors: dict[str, Tensor], name: str) -> None:
         from hdovd.pipelines.common.tensors import save_tensors
 
-        state = {k: v.contiguous() for k, v in model.state_dict().items()}
-        replace_file(self.path / name, lambda partial: save_tensors(state, partial))
+        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        replace_file(self.path / name, lambda partial: save_tensors(whole, partial))
 
     def load_model(self, model: nn.Module, name: str = "model.safetensors") -> None:
         """Raises HdovdError if there are no such weights, they are damaged or not finite, or they are not of this
         model.
         """
-        from hdovd.pipelines.common.tensors import load_tensors
-
-        if not (self.path / name).is_file():
-            raise HdovdError(f"{self.path} has no {name}: was the run validated while it trained?")
-        state, begun = load_tensors(self.path / name), model.state_dict()
+        state, begun = self._tensors(name), model.state_dict()
         if bad := [
             key
             for key, value in state.items()
@@ -341,16 +344,13 @@ class RunFolder:
 
     def synced_log_bytes(self) -> int:
         """The length of the log, all of which is on the disk then."""
-        file = self.path / "log.jsonl"
-        if not file.exists():
-            return 0
-        with file.open("ab") as log:
+        with (self.path / "log.jsonl").open("ab") as log:
             os.fsync(log.fileno())
             return log.tell()
 
-    def entries(self, wrong: list[str] | None = None) -> list[dict[str, Any]]:
-        """What was logged, but for a last line that is torn: the process was killed while it wrote. Another line that
-        is no entry is told in `wrong`; without it HdovdError is raised.
+    def entries(self) -> list[dict[str, Any]]:
+        """What was logged, but for a last line that is torn: the process was killed while it wrote. Raises HdovdError
+        for another line that is no entry.
         """
         file, found = self.path / "log.jsonl", list[dict[str, Any]]()
         lines = file.read_bytes().rpartition(b"\n")[0].splitlines() if file.is_file() else []
@@ -358,10 +358,7 @@ class RunFolder:
             try:
                 found.append(dict(json.loads(line)))
             except (ValueError, TypeError, RecursionError) as error:
-                problem = f"line {number} is damaged ({error})"
-                if wrong is None:
-                    raise HdovdError(f"{file}: {problem}") from error
-                wrong.append(f"{file.name}: {problem}")
+                raise HdovdError(f"{file}: line {number} is damaged ({error})") from error
         return found
 
     def write_csv(self) -> None:
@@ -377,28 +374,3 @@ class RunFolder:
 def init_hash(init: Path) -> str:
     """What tells the weights of a run from others. Raises HdovdError if it has none."""
     return weights_hash(RunFolder.open(init).path / Weights.LAST.file)
-
-
-def parse_record(text: bytes, *, trusted: bool = False) -> dict[str, Any]:
-    """What run.json says. Raises ValueError if it is none, or, unless `trusted`, was changed since it was written."""
-    try:
-        record: dict[str, Any] = json.loads(text)
-        if not trusted:
-            require_seal(record)
-        parse_protocol(record["protocol"])
-        texts = [record["cache"].get("path"), *(entry["key"] for entry in record["cache"]["levels"].values())]
-        if began := record.get("init"):
-            texts += [began["run"], began["sha256"]]
-        if known := record.get("reliability"):
-            texts.append(known["source"])
-            _ = [float(known[name]) for name in ("centre", "width", "scale")]
-        trees = [record.get("files", {}), *(entry.get("inputs", {}) for entry in record["cache"]["levels"].values())]
-        if not (all(isinstance(text, str | None) for text in texts) and all(isinstance(tree, dict) for tree in trees)):
-            raise TypeError("expected texts and objects")
-        return record | {"resumed": list(record.get("resumed", []))}
-    except (HdovdError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(error if isinstance(error, HdovdError) else repr(error)) from error
-
-
-def _is_address(url: str) -> bool:
-    return "://" in url and not url.startswith("file://")

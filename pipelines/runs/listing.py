@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
@@ -53,7 +53,6 @@ class Run:
     """
 
     path: Path
-    state: State
     date: datetime
     settings: Settings = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
@@ -69,6 +68,14 @@ class Run:
     oracle: bool = False
 
     @property
+    def state(self) -> State:
+        if self.wrong:
+            return State.DAMAGED
+        if not self.epochs_done or self.epochs_done != self.settings.get("train.epochs"):
+            return State.STOPPED
+        return State.FINISHED if self.ap else State.NOT_EVALUATED
+
+    @property
     def epochs(self) -> int | None:
         """How many the recipe wants."""
         epochs = self.settings.get("train.epochs")
@@ -81,10 +88,6 @@ class Run:
         return metric if metric in [*METRICS] else next(iter(METRICS))  # a damaged one may be a list
 
     @property
-    def seed(self) -> int | None:
-        return self.settings.get("train.seed")
-
-    @property
     def distillation(self) -> tuple[str, ...]:
         """The levels of distillation that are on, and the losses that the recipe adds."""
         levels = [
@@ -92,8 +95,8 @@ class Run:
             for key, value in self.settings.items()
             if key.startswith("loss.") and key.endswith(SWITCH) and value is True
         ]
-        added = [key.split(".")[2] for key in self.settings if key.startswith("loss.extra.") and key.endswith(".use")]
-        return tuple(dict.fromkeys(levels + added))
+        levels += [key.split(".")[2] for key in self.settings if key.startswith("loss.extra.") and key.endswith(".use")]
+        return tuple(dict.fromkeys(levels))
 
     @property
     def cache_id(self) -> str | None:
@@ -112,23 +115,13 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     for folder in map(local_run, folders):
         if not folder.is_dir():
             raise HdovdError(f"{folder}: no such folder; give folders that hold runs, or run folders")
-        for path in _walk(folder):
-            found.setdefault(path.resolve(), path)
+        for root, names, files in os.walk(folder):
+            names[:] = sorted(name for name in names if name != "pictures" and not name.startswith("."))
+            if "zarr.json" in files:  # a cache: thousands of folders, and no run
+                names.clear()
+            elif "run.json" in files or {"config.toml", "log.jsonl"} <= set(files):
+                found.setdefault(Path(root).resolve(), Path(root))
     return sorted(found.values())
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, names, files in os.walk(folder):
-        names[:] = sorted(name for name in names if name != "pictures" and not name.startswith("."))
-        if "zarr.json" in files:  # a cache: thousands of folders, and no run
-            names.clear()
-        elif "run.json" in files or {"config.toml", "log.jsonl"} <= set(files):
-            yield Path(root)
-
-
-def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """All runs in these folders. Raises HdovdError for a folder that is not there; damaged runs are among the runs."""
-    return [read_run(path) for path in find_runs(folders)]
 
 
 def read_run(path: Path) -> Run:
@@ -145,10 +138,8 @@ def read_run(path: Path) -> Run:
     tree = _read(path / "config.toml", tomllib.loads, wrong)  # as it is written: other versions have other keys
     settings = flat({name: value for name, value in tree.items() if name != "proposals"})  # those are of another stage
     cache = _tree(record.get("cache"))
-    levels = {level: _tree(entry) for level, entry in _tree(cache.get("levels")).items()}
     metrics = _read(path / "metrics.json", json.loads, wrong) if (path / "metrics.json").exists() else {}
-    run = Run(path, State.DAMAGED, _date(path, record), settings, _tree(record.get("protocol")))
-    done = run.epochs if "imported" in record and run.epochs else _epochs_done(path, run.epochs, wrong)
+    run = Run(path, _date(path, record), settings, _tree(record.get("protocol")))
     per_class = {
         name: _number(_tree(values).get(run.metric)) for name, values in _tree(metrics.get("per_class")).items()
     }
@@ -158,18 +149,13 @@ def read_run(path: Path) -> Run:
     )
     if metrics and not of_groups:
         wrong.append(f"metrics.json has no {METRICS[run.metric]}: run hdovd eval again")
-    at_end = bool(done) and done == settings.get("train.epochs")
-    state = (
-        State.DAMAGED if wrong else State.STOPPED if not at_end else State.FINISHED if metrics else State.NOT_EVALUATED
-    )
     return replace(
         run,
-        state=state,
-        levels=levels,
+        levels={level: _tree(entry) for level, entry in _tree(cache.get("levels")).items()},
         cache=cache.get("path"),
         versions=_tree(record.get("versions")),
         git=_tree(record.get("git")) or None,
-        epochs_done=done,
+        epochs_done=run.epochs if "imported" in record and run.epochs else _epochs_done(path, run.epochs, wrong),
         ap=of_groups,
         split_blind=blind,
         per_class=per_class,
@@ -178,16 +164,13 @@ def read_run(path: Path) -> Run:
     )
 
 
-def _cache_differences(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
-    """Levels by their keys, and of a level with another key the inputs that differ; the place of the cache."""
-    lines = differences({"path": a.cache}, {"path": b.cache})
-    keys = [{level: entry.get("key") for level, entry in run.levels.items()} for run in (a, b)]
-    for level, *values in differences(*keys):
-        lines.append((level, *values))
-        if None not in values:
-            inputs = [flat(_tree(run.levels[level].get("inputs"))) for run in (a, b)]
-            lines += [(f"{level}: {key}", x, y) for key, x, y in differences(*inputs)]
-    return lines
+def _features(run: Run, other: Run) -> Settings:
+    """Where its cache lies, and of every level the key and, if the other has the level too, what made it."""
+    levels = {
+        level: {"key": entry.get("key"), **(_tree(entry.get("inputs")) if level in other.levels else {})}
+        for level, entry in run.levels.items()
+    }
+    return flat({"path": run.cache, **levels})
 
 
 # --- reading ---
@@ -212,7 +195,7 @@ def _epochs_done(path: Path, epochs: int | None, wrong: list[str]) -> int:
     at all.
     """
     try:
-        told = RunFolder(path).entries(wrong)
+        told = RunFolder(path).entries()
     except (HdovdError, OSError) as error:
         wrong.append(str(error))
         return 0
@@ -224,10 +207,8 @@ def _epochs_done(path: Path, epochs: int | None, wrong: list[str]) -> int:
     if not entries or not (path / "model.safetensors").is_file():
         return 0
     last_epoch, last_step = max(entries)
-    steps = max((step for epoch, step in entries if epoch == 1), default=0)
-    if last_epoch == 1 or not steps:  # the steps of an epoch are not known; there are weights, so one has ended
-        return max(last_epoch - 1, 1)
-    done = last_epoch if last_step >= last_epoch * steps else last_epoch - 1
+    steps = max((step for epoch, step in entries if epoch == 1), default=last_step)  # of an epoch, as far as is known
+    done = last_epoch - (last_step < last_epoch * steps)
     return done if epochs is None else min(done, epochs)
 
 
@@ -236,8 +217,7 @@ def _date(path: Path, record: Mapping[str, Any]) -> datetime:
     try:
         return datetime.fromisoformat(record["time"]).astimezone()
     except (KeyError, TypeError, ValueError):
-        file = path / "run.json"
-        return datetime.fromtimestamp((file if file.exists() else path).stat().st_mtime).astimezone()
+        return datetime.fromtimestamp(path.stat().st_mtime).astimezone()
 
 
 def _number(value: Any) -> float | None:
@@ -277,7 +257,7 @@ def run_lines(runs: Sequence[Run]) -> list[str]:
             _name(run),
             settings or "-",
             ORACLE if run.oracle else "+".join(run.distillation) or ("none" if run.settings else "-"),
-            shown(run.seed),
+            shown(run.settings.get("train.seed")),
             f"{run.epochs_done}/{shown(run.epochs)}",
             *(ap(run.ap.get(group)) for group in groups),
             ap(run.split_blind.get("novel")),
@@ -295,9 +275,6 @@ def run_lines(runs: Sequence[Run]) -> list[str]:
     )
     if any(run.oracle for run in runs):
         lines.append(f"{ORACLE}: trained on boxes of novel classes too; its AP is {UPPER_BOUND}")
-    protocols = sorted({str(run.protocol["name"]) for run in runs if "name" in run.protocol})
-    if len(protocols) > 1:
-        lines.append(f"note: AP of several protocols, which do not compare: {', '.join(protocols)}")
     return lines + [f"{_name(run)}: {reason}" for run in runs for reason in run.wrong]
 
 
@@ -310,7 +287,7 @@ def run_values(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "state": str(run.state),
             "wrong": list(run.wrong),
             "date": run.date.isoformat(timespec="seconds"),
-            "seed": run.seed,
+            "seed": run.settings.get("train.seed"),
             "epochs_done": run.epochs_done,
             "epochs": run.epochs,
             "levels": list(run.distillation),
@@ -334,7 +311,7 @@ def difference_lines(a: Path, b: Path) -> list[str]:
     first, second = read_run(a), read_run(b)
     parts = {
         "config": differences(*(run.settings | {ORACLE: run.oracle} for run in (first, second))),
-        "cache": _cache_differences(first, second),
+        "cache": differences(_features(first, second), _features(second, first)),
         "versions": differences(first.versions, second.versions),
         "git": differences(first.git or {}, second.git or {}),
         "protocol": differences(first.protocol, second.protocol),
@@ -349,8 +326,14 @@ def difference_lines(a: Path, b: Path) -> list[str]:
         for group in dict.fromkeys([*GROUPS, *of_a, *of_b])
         if group in of_a or group in of_b
     ]
-    head = f"{metric_of([first, second])}, percent"
-    lines += ["", *(_ap_lines(head, groups) if groups else ["AP: none of the two is evaluated"])]
+    lines += [
+        "",
+        *(
+            _ap_lines(f"{metric_of([first, second])}, percent", groups)
+            if groups
+            else ["AP: none of the two is evaluated"]
+        ),
+    ]
     if classes := [
         (name + (" (novel)" if name in first.protocol.get("novel", ()) else ""), x, y)
         for name, x in first.per_class.items()

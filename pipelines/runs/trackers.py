@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hdovd.cache.identity import SEAL, key_of
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, in_a_line
 from hdovd.core.log import log
 from hdovd.core.registry import Registry
 from hdovd.core.text_files import read_json
@@ -158,7 +158,7 @@ class Tracking:
             self.failed.discard(name)
         except Exception as error:  # what is trained for days goes on
             if name not in self.failed:
-                log(f"NOT tracked by {name} for now, and the run goes on: {_line_of(error)}")
+                log(f"NOT tracked by {name} for now, and the run goes on: {in_a_line(error)}")
             self.failed.add(name)
         return name not in self.failed
 
@@ -166,7 +166,7 @@ class Tracking:
         try:
             self.trackers[name].finish()
         except Exception as error:
-            log(f"{name} was not closed as it should be: {_line_of(error)}")
+            log(f"{name} was not closed as it should be: {in_a_line(error)}")
 
 
 @contextmanager
@@ -182,14 +182,10 @@ def tracking(run: RunFolder, names: Sequence[str]) -> Iterator[Tracking]:
                 found.trackers[name] = kind(run.path, identity, settings)
             except Exception as error:
                 raise HdovdError(
-                    f"--track {name} cannot begin: {_line_of(error)}. Is it configured, and its server to be reached? "
+                    f"--track {name} cannot begin: {in_a_line(error)}. Is it configured, and its server to be reached? "
                     f"Offline, WANDB_MODE=offline or no MLFLOW_TRACKING_URI; or leave --track {name} out"
                 ) from error
             stack.callback(found.finish, name)
         found.follow()
         yield found
         found.follow()
-
-
-def _line_of(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

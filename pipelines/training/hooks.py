@@ -4,20 +4,17 @@ A checkpoint is all that a run needs to go on sample by sample, in one file that
 
     model                    weights and queues
     optimizer, step, window  as of `loop.Loop`
-    rng                      torch's generators, a process each
     layout                   of `train.batches_of`: what the order depends on
     log_bytes                length of log.jsonl
     best, ended, failed      of `RunHooks`
     ema                      with `train.ema`: of `loop.WeightAverage`; `model` has the weights that are trained
 
-Losses, samples and their order follow from seed and epoch; torch's generators matter only to what else draws from them.
+Samples and their order follow from seed and epoch, and what draws from torch's generators from seed and step: none of
+these has a state that a run would have to keep.
 """
 
-import json
-import sys
 import time
 import zipfile
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,26 +25,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hdovd.core.errors import HdovdError, Stopped, require_readable
+from hdovd.core.errors import HdovdError, Stopped, in_a_line, require_readable
 from hdovd.core.log import log
 from hdovd.data.protocol import GROUPS
-from hdovd.pipelines.common.atomic_write import replace_file, write_text
+from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.device import Team
 from hdovd.pipelines.common.process import StopSignal, exit_code
 from hdovd.pipelines.common.tensors import load_pth
-from hdovd.pipelines.dataloading.loader import key_of
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.trackers import PLAIN
 from hdovd.pipelines.training.loop import Hooks, Loop
 
 CHECKPOINT = "checkpoint.pt"
-
-
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint; a kill, a power cut or a full disk leaves the old one or the new one. Raises
-    HdovdError."""
-    replace_file(folder / CHECKPOINT, lambda partial: torch.save(state, partial))
 
 
 def load_checkpoint(folder: Path, needs: Collection[str] = ()) -> dict[str, Any] | None:
@@ -80,48 +70,42 @@ def fits(folder: Path) -> Iterator[None]:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise HdovdError(
-            f"{folder / CHECKPOINT} does not fit this training ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}): is it that of another run?"
+            f"{folder / CHECKPOINT} does not fit this training ({in_a_line(error)}): is it that of another run?"
         ) from error
 
 
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Of this process."""
-    return {
-        "cpu": torch.get_rng_state(),
-        **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}),
-    }
-
-
-def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
 @dataclass(slots=True)
-class SavingHooks(Hooks):
-    """Tells how training goes, and keeps a checkpoint in `folder`: every `save_minutes`, after every epoch, and when
-    `stop` hears a signal; training then ends with `Stopped`.
+class RunHooks(Hooks):
+    """Tells how training goes, logs and validates, and keeps weights and a checkpoint in `run`: every
+    `save_minutes`, after every epoch, and when `stop` hears a signal; training then ends with `Stopped`.
 
     `model`: not wrapped in DDP. `extra`: kept in the checkpoint too. `command`: what goes on with it, in the message of
-    `Stopped`.
+    `Stopped`. `validate`: AP by group of a model, every `val_every` epochs; `metric`: which. `follow`: called after
+    every entry of the log.
+
+    `best` is the best AP of base classes so far: novel boxes are for the test, not for choosing weights. `ended`:
+    epochs whose weights were kept and validated. `failed`: validations that could not be done.
     """
 
-    folder: Path
+    run: RunFolder
     model: nn.Module
     team: Team
     stop: StopSignal
     extra: dict[str, Any]
     save_minutes: float
     command: str = "the same command"
+    validate: Callable[[nn.Module], dict[str, float | None]] | None = None
+    val_every: int = 1
+    metric: str = "AP50"
+    follow: Callable[[], None] = lambda: None
+    best: float = -1.0
+    ended: int = 0
+    failed: int = 0
     _saved: float = field(default_factory=time.monotonic)
 
-    @property
-    def shows_bar(self) -> bool:  # type: ignore[override]
-        return self.team.leads and sys.stderr.isatty()
-
     def interval(self, entry: dict[str, float], left_s: float) -> None:
+        if self.team.leads:
+            self._record(entry)
         self._say(line_of(entry, left_s))
 
     def step(self, loop: Loop[Any]) -> None:
@@ -130,9 +114,9 @@ class SavingHooks(Hooks):
             self._save(loop)
         if signal:
             if self.team.leads:  # for job files, which do not see this process's exit code through torchrun
-                (self.folder / "stopped").touch()
+                (self.run.path / "stopped").touch()
             raise Stopped(
-                f"stopped at step {loop.step_number} of {loop.total}, saved in {self.folder}; {self.command} goes on "
+                f"stopped at step {loop.step_number} of {loop.total}, saved in {self.run.path}; {self.command} goes on "
                 f"there",
                 exit_code(signal),
             )
@@ -141,79 +125,39 @@ class SavingHooks(Hooks):
         self._save(loop)  # before what takes a while and can be done again
         if loop.step_number < loop.total:
             self.step(loop)
-
-    def kept(self) -> dict[str, Any]:
-        """What the checkpoint holds besides weights, generators and the loop's state; asked of the process that
-        leads."""
-        return self.extra
+        self.catch_up(loop)
+        if loop.step_number == loop.total:
+            self._save(loop)
 
     def restore(self, state: dict[str, Any], loop: Loop[Any]) -> None:
         """Go on from a checkpoint. Raises HdovdError if it does not fit."""
-        with fits(self.folder):
+        with fits(self.run.path):
             self.model.load_state_dict(state["model"])
             loop.load(state)
-            if len(state["rng"]) == self.team.world:
-                set_rng_state(state["rng"][self.team.rank], self.team.device)
-            else:  # as many generators as there are processes now: none of the old ones
-                torch.manual_seed(key_of(loop.config.seed, -2 - loop.step_number, self.team.rank))
+            self.best, self.ended, self.failed = (
+                float(state.get("best", -1.0)),
+                int(state.get("ended", 0)),
+                int(state.get("failed", 0)),
+            )
 
     def _save(self, loop: Loop[Any]) -> None:
         loop.window.means(loop.device)  # unsound weights never replace good ones
-        state = {"rng": self.team.gather(rng_state(self.team.device)), **loop.state()}
+        state = loop.state()
         if self.team.leads:
-            save_checkpoint(self.folder, {"model": self.model.state_dict(), **state, **self.kept()})
+            state |= {
+                "model": self.model.state_dict(),
+                "log_bytes": self.run.synced_log_bytes(),
+                "best": self.best,
+                "ended": self.ended,
+                "failed": self.failed,
+                **self.extra,
+            }
+            replace_file(self.run.path / CHECKPOINT, lambda partial: torch.save(state, partial))
         self._saved = time.monotonic()
 
     def _say(self, line: str) -> None:
         with tqdm.external_write_mode():  # not into the bar
             log(line)
-
-
-@dataclass(slots=True)
-class RunHooks(SavingHooks):
-    """Those of `hdovd train`: log and validation too. `validate`: AP by group of a model, every `val_every` epochs;
-    `metric`: which. `follow`: called after every entry of the log.
-
-    `best` is the best AP of base classes so far: novel boxes are for the test, not for choosing weights. `ended`:
-    epochs whose weights were kept and validated. `failed`: validations that could not be done.
-    """
-
-    validate: Callable[[nn.Module], dict[str, float | None]] | None = None
-    val_every: int = 1
-    metric: str = "AP50"
-    follow: Callable[[], None] = lambda: None
-    best: float = -1.0
-    ended: int = 0
-    failed: int = 0
-
-    @property
-    def run(self) -> RunFolder:
-        return RunFolder(self.folder)
-
-    def interval(self, entry: dict[str, float], left_s: float) -> None:
-        if self.team.leads:
-            self._record(entry)
-        SavingHooks.interval(self, entry, left_s)
-
-    def epoch(self, loop: Loop[Any], epoch: int) -> None:
-        SavingHooks.epoch(self, loop, epoch)
-        self.catch_up(loop)
-        if loop.step_number == loop.total:
-            self._save(loop)
-
-    def kept(self) -> dict[str, Any]:
-        return {
-            **self.extra,
-            "best": self.best,
-            "ended": self.ended,
-            "failed": self.failed,
-            "log_bytes": self.run.synced_log_bytes(),
-        }
-
-    def restore(self, state: dict[str, Any], loop: Loop[Any]) -> None:
-        SavingHooks.restore(self, state, loop)
-        with fits(self.folder):
-            self.best, self.ended, self.failed = float(state["best"]), int(state["ended"]), int(state.get("failed", 0))
 
     def catch_up(self, loop: Loop[Any]) -> None:
         """At the end of an epoch: keep its weights, and validate if it is time. A run that was killed meanwhile begins
@@ -256,21 +200,14 @@ class RunHooks(SavingHooks):
 
 def line_of(entry: dict[str, float], left_s: float) -> str:
     """An interval in one line: losses by level, learning rate, speed, waiting for data, memory, time left."""
-    parts = defaultdict[str, float](float)
-    for name, value in entry.items():
-        if name not in PLAIN:
-            parts[name.partition("_")[0]] += value
-    losses = ", ".join(f"{level} {value:.3f}" for level, value in parts.items())
+    losses = {name: value for name, value in entry.items() if name not in PLAIN}
+    levels = dict.fromkeys(name.partition("_")[0] for name in losses)
+    told = ", ".join(
+        f"{level} {sum(losses[n] for n in losses if n.partition('_')[0] == level):.3f}" for level in levels
+    )
     return (
-        f"epoch {entry['epoch']:.0f} step {entry['step']:.0f}: loss {sum(parts.values()):.3f} ({losses}), lr "
+        f"epoch {entry['epoch']:.0f} step {entry['step']:.0f}: loss {sum(losses.values()):.3f} ({told}), lr "
         f"{entry['lr']:.2e}, "
         f"{entry['images_per_s']:.1f} images/s, {entry['data_wait']:.1%} waiting for data, {entry['memory_gb']:.1f} "
         f"GB, {duration(left_s)} left"
     )
-
-
-def unsound_record(run: RunFolder, team: Team, record: dict[str, Any]) -> str:
-    """Keep what is known of a batch whose loss is not sound, of this process's part of it; returns the file's path."""
-    file = run.path / (f"unsound_batch-{team.rank}.json" if team.world > 1 else "unsound_batch.json")
-    write_text(file, json.dumps(record, indent=1))
-    return str(file)

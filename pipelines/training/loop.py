@@ -7,11 +7,12 @@ the last steps are looked at together: a GPU is not waited for at every step, an
 
 import math
 import resource
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, Generic, TypeVar
 
@@ -27,17 +28,17 @@ from hdovd.modeling.distributed import mean_count
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import choose, training_products
 from hdovd.pipelines.common.options import Precision
-from hdovd.pipelines.dataloading.loader import TrainingBatches
+from hdovd.pipelines.dataloading.loader import TrainingBatches, key_of
 
 EXPLODED = 1e4  # a sum of losses above this teaches nothing any more; sound ones stay below a hundred
 
 
 class UnsoundLoss(HdovdError):
     """A loss that is not finite, or beyond all bounds. `record`: step, image_ids of this process's part of the batch,
-    losses; None where the loss of another process is meant.
+    losses.
     """
 
-    def __init__(self, text: str, record: dict[str, Any] | None) -> None:
+    def __init__(self, text: str, record: dict[str, Any]) -> None:
         super().__init__(text)
         self.record = record
 
@@ -56,8 +57,8 @@ class LossWindow:
     def means(self, device: torch.device) -> dict[str, float]:
         """Mean of every loss over steps and processes; empty if there was no step.
 
-        Raises UnsoundLoss, in all processes, for the first step whose losses in one of them are not finite or sum up to
-        more than EXPLODED.
+        Raises HdovdError, in all processes, for the first step whose losses in one of them are not finite or sum up to
+        more than EXPLODED: UnsoundLoss in that one.
         """
         if not self.rows:
             return {}
@@ -69,23 +70,19 @@ class LossWindow:
         first = torch.tensor(own, device=device)
         if dist.is_initialized():
             dist.all_reduce(first, dist.ReduceOp.MIN)
+        names = list(self.rows[0][2])
         if first < len(table):
-            self._raise(int(first), table, is_own=own == first)
-        return dict(zip(self.rows[0][2], mean.tolist(), strict=True))
-
-    def _raise(self, row: int, table: Tensor, *, is_own: bool) -> None:
-        step, image_ids, losses = self.rows[row]
-        if not is_own:
+            step, image_ids, _ = self.rows[int(first)]
+            if own != first:
+                raise HdovdError(f"{self._what}: the loss is not sound at step {step} in another process")
+            values = dict(zip(names, table[own].tolist(), strict=True))
             raise UnsoundLoss(
-                f"{self._what}: the loss is not sound at step {step} in another process, which says more", None
+                f"{self._what}: the loss is too large to learn from or not finite at step {step}: {values}, images "
+                f"{image_ids}; "
+                "lower train.lr or set train.clip_norm",
+                {"step": step, "image_ids": image_ids, "losses": {k: str(v) for k, v in values.items()}},
             )
-        values = dict(zip(losses, table[row].tolist(), strict=True))
-        what = "too large to learn from" if bool(table[row].isfinite().all()) else "not finite"
-        raise UnsoundLoss(
-            f"{self._what}: the loss is {what} at step {step}: {values}, images {image_ids}; "
-            "lower train.lr or set train.clip_norm",
-            {"step": step, "image_ids": image_ids, "losses": {k: str(v) for k, v in values.items()}},
-        )
+        return dict(zip(names, mean.tolist(), strict=True))
 
     def _table(self, device: torch.device) -> Tensor:
         """(steps, losses)."""
@@ -164,11 +161,7 @@ Sample = TypeVar("Sample")
 
 
 class Hooks:
-    """What a stage does between the steps of a loop; here nothing. `shows_bar`: whether the loop draws its progress
-    bar.
-    """
-
-    shows_bar = True
+    """What a stage does between the steps of a loop; here nothing."""
 
     def interval(self, entry: dict[str, float], left_s: float) -> None:
         """Every LOG_EVERY steps and after the last of an epoch: means since the last call. `left_s`: seconds to the
@@ -203,10 +196,6 @@ class Loop(Generic[Sample]):
         id_of: Callable[[Sample], int],
         begin_epoch: Callable[[int], None] = lambda _: None,
     ) -> None:
-        if batches.dealing.accumulate != config.accumulate:
-            raise ValueError(
-                f"batches are cut into {batches.dealing.accumulate} micro-batches, not {config.accumulate}"
-            )
         self.model, self.batches, self.config, self.device = model, batches, config, device
         self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
         self._bare: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
@@ -214,7 +203,7 @@ class Loop(Generic[Sample]):
         self._average = WeightAverage(self._bare, config.ema) if config.ema else None
         self.step_number, self.total = 0, config.epochs * len(batches)
         self.window = LossWindow(what)
-        self._clock = _Clock()
+        self._interval = _Interval()
         self._bf16 = choose(config.precision, device, training=True)[0] is Precision.BF16
 
     @property
@@ -226,13 +215,15 @@ class Loop(Generic[Sample]):
         """Go on from `step_number` to the end. Raises HdovdError, with the window's record of the batch, for a loss
         that is not sound.
         """
-        with progress(None, self._what, "step", self.total if hooks.shows_bar else 0, initial=self.step_number) as bar:
+        shown = self.total if self.batches.dealing.rank == 0 and sys.stderr.isatty() else 0
+        with progress(None, self._what, "step", shown, initial=self.step_number) as bar:
             while self.step_number < self.total:
+                self._interval = _Interval()  # what was done meanwhile does not count
                 epoch, done = divmod(self.step_number, len(self.batches))
                 self.model.train()
                 self._begin_epoch(epoch + 1)
                 self.batches.seek(epoch, done)
-                for batch in self._clock.waiting(self.batches):
+                for batch in self._waiting():
                     self.take_step(batch, epoch)
                     bar.update()
                     at_end = self.step_number == (epoch + 1) * len(self.batches)
@@ -241,11 +232,21 @@ class Loop(Generic[Sample]):
                     if not at_end:
                         hooks.step(self)
                 self.window.means(self.device)  # sound?
-                with self._clock.stopped():
-                    hooks.epoch(self, epoch + 1)
+                hooks.epoch(self, epoch + 1)
+
+    def _waiting(self) -> Iterator[list[Sample]]:
+        """The batches; how long each one takes to come is counted."""
+        before = time.monotonic()
+        for batch in self.batches:
+            self._interval.waited_s += time.monotonic() - before
+            yield batch
+            before = time.monotonic()
 
     def take_step(self, batch: list[Sample], epoch: int) -> None:
-        """One step of optimisation."""
+        """One step of optimisation. What draws from torch's generator, such as a loss or a backbone of the user's own,
+        draws by seed, step and process.
+        """
+        torch.manual_seed(key_of(self.config.seed, -1 - self.step_number, self.batches.dealing.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * lr_factor(self.step_number, len(self.batches), self.config)
         self.optimizer.zero_grad(set_to_none=True)  # the last step's make room for the activations
@@ -257,14 +258,15 @@ class Loop(Generic[Sample]):
         if self._average is not None:
             self._average.update()
         self.step_number += 1
-        self._clock.images += len(batch)
+        self._interval.steps += 1
+        self._interval.images += len(batch)
         self.window.add(self.step_number, losses, [self._id_of(sample) for sample in batch])
 
     def _add_gradients(self, batch: list[Sample], epoch: int) -> dict[str, Tensor]:
         """The mean over the step's micro-batches of each loss, detached; the gradient of their sum is added to the
         parameters'.
         """
-        size = -(-len(batch) // self.config.accumulate)
+        size = -(-len(batch) // self.batches.dealing.accumulate)
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
         found: list[dict[str, Tensor]] = []
         for number, part in enumerate(parts, start=1):
@@ -277,24 +279,22 @@ class Loop(Generic[Sample]):
         return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
 
     def _tell(self, epoch: int, hooks: Hooks) -> None:
-        means = self.window.means(self.device)
-        self.window.rows.clear()
-        rate, wait, step_s = self._clock.interval()
+        since, self._interval = self._interval, _Interval()
+        seconds = time.monotonic() - since.began
         entry = {
             "step": self.step_number,
             "epoch": epoch + 1,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_s": rate * self.batches.dealing.world,
-            "data_wait": wait,
+            "images_per_s": since.images / seconds * self.batches.dealing.world,
+            "data_wait": since.waited_s / seconds,
             "memory_gb": memory_gb(self.device),
-            **means,
+            **self.window.means(self.device),
         }
-        hooks.interval(entry, (self.total - self.step_number) * step_s)
+        self.window.rows.clear()
+        hooks.interval(entry, (self.total - self.step_number) * seconds / since.steps)
 
     def state(self) -> dict[str, Any]:
-        """All that `load` needs to go on as if nothing had happened, but torch's own generators. All processes have to
-        ask for it.
-        """
+        """All that `load` needs to go on as if nothing had happened. All processes have to ask for it."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "step": self.step_number,
@@ -311,46 +311,22 @@ class Loop(Generic[Sample]):
 
 
 @dataclass(slots=True)
-class _Clock:
-    """Images a second of this process, and the share of its time spent waiting for data, since the last interval."""
+class _Interval:
+    """Steps and images of this process since the last entry of the log, and seconds of that spent waiting for data."""
 
+    began: float = field(default_factory=time.monotonic)
+    steps: int = 0
     images: int = 0
     waited_s: float = 0.0
-    since: float = 0.0
-    all_steps: int = 0
-    all_s: float = 0.0
-
-    def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches; how long each one takes to come is counted."""
-        before = time.monotonic()
-        self.since = self.since or before
-        for batch in batches:
-            self.waited_s += time.monotonic() - before
-            self.all_steps += 1
-            yield batch
-            before = time.monotonic()
-
-    def interval(self) -> tuple[float, float, float]:
-        """Images a second, share of waiting, and seconds a step so far; begins the next interval."""
-        now = time.monotonic()
-        seconds = now - self.since
-        self.all_s += seconds
-        found = self.images / seconds, self.waited_s / seconds, self.all_s / max(1, self.all_steps)
-        self.images, self.waited_s, self.since = 0, 0.0, now
-        return found
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """What is done meanwhile does not count."""
-        began = time.monotonic()
-        yield
-        self.since += time.monotonic() - began
 
 
 def memory_gb(device: torch.device) -> float:
     """The most memory so far, in 10^9 bytes: of the GPU, or of this process on a CPU."""
-    on_cpu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else on_cpu) / 1e9
+    return (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ) / 1e9
 
 
 def build_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Optimizer:

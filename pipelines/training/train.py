@@ -6,7 +6,7 @@ pyramid for the machine.
 """
 
 import inspect
-import time
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hdovd.cache.catalog import Catalog, RunRecord, is_tar_form
 from hdovd.cache.reader import FeatureCache
-from hdovd.config.recipe import LossConfig, Recipe
-from hdovd.core.errors import HdovdError
+from hdovd.cache.schema import Level
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError, in_a_line
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import METRICS, Protocol, load_protocol
@@ -30,39 +31,30 @@ from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.distributed import world_size
 from hdovd.modeling.proposals.networks import ProposalNetwork
 from hdovd.pipelines.calibration.values import with_reliability
+from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.device import Team, placed, provenance, settled, team, training_workers
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.dataloading.loader import Dealing, Streams, TrainingBatches, key_of
 from hdovd.pipelines.evaluation.evaluate import Validation
-from hdovd.pipelines.extraction.text import give_object_text
+from hdovd.pipelines.extraction.config import LabelRule
+from hdovd.pipelines.extraction.text import give_object_text, object_text_of
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
 from hdovd.pipelines.runs.trackers import tracking
 from hdovd.pipelines.training.config import TrainConfig
-from hdovd.pipelines.training.hooks import RunHooks, fits, load_checkpoint, unsound_record
+from hdovd.pipelines.training.hooks import RunHooks, fits, load_checkpoint
 from hdovd.pipelines.training.initial_weights import begin_with, require_same_init
 from hdovd.pipelines.training.loop import Loop, UnsoundLoss
-from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet, background_texts
+from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet
 
 
-def compile_backbone(backbone: nn.Module, device: torch.device, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_backbone(backbone: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile a network in place at its first batch, for batches of all sizes; names in its state stay as they are.
 
     It is one graph without gaps: what torch cannot compile is an error in the first step (`told_shortly`), and never
     quietly left as it is. SyncBatchNorm is the exception, which talks to other processes: what lies between two of them
     is compiled. The rest of a detector (proposals, RoIs, matching) has as many rows as it finds, which differ from step
     to step, and is not compiled.
-
-    Raises HdovdError if there is no compiler for the device.
     """
-    number = float(time.time_ns())  # in the code: what was compiled before does not serve
-    try:
-        torch.compile(lambda rows: rows * number, backend=backend)(torch.ones(8, device=device))
-    except Exception as error:
-        need = "Triton (pip install triton)" if device.type == "cuda" else "a C++ compiler (apt-get install g++)"
-        raise HdovdError(
-            f"train.compile = true: torch cannot compile for {device.type} here ({_first_line(error)}); it needs "
-            f"{need}. Without it, train with train.compile=false"
-        ) from error
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
     backbone.compile(backend=backend, dynamic=True, fullgraph=not synced)
 
@@ -76,17 +68,12 @@ def told_shortly() -> Iterator[None]:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         raise HdovdError(
-            f"train.compile = true: torch cannot compile the backbone ({_first_line(error)}); train with "
+            f"train.compile = true: torch cannot compile the backbone ({in_a_line(error)}); train with "
             f"train.compile=false"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
-
-
-STATE = ("model", "optimizer", "step", "window", "rng", "layout", "log_bytes", "best", "ended")  # of a checkpoint
+STATE = ("model", "optimizer", "step", "window", "layout", "log_bytes", "best", "ended")  # of a checkpoint
 
 
 def train(job: TrainConfig) -> RunFolder:
@@ -116,40 +103,33 @@ def train_on(
     recipe, line = settled(job.recipe, us.device, began, "the run's")
     if line:
         log(line)
-    job = replace(job, recipe=recipe)
     data = training_data(job, protocol) if given is None else given
-    written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base)
+    written, recipe, reliability = with_reliability(recipe, data.label_origin, job.calibration, protocol.base)
     job = replace(job, recipe=written)
     begun: dict[str, Any] = {"precision": recipe.train.precision, **({"oracle": True} if job.oracle else {})} | (
         about or {}
     )
-    state = _state(job, protocol, data.record() | begun)
+    state = _state(run, job, protocol, data.record() | begun)
     class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
-    validation = _validation(job, protocol, class_embeddings, us)
     torch.manual_seed(recipe.train.seed)
     model = prepared(build_detector(recipe, data.dim, initialise=state is None and job.init is None), recipe, us)
     if state is None:
         if job.init is not None:
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings)
-        begun |= give_object_text(model, data.object_text(), str(job.cache))
+        begun |= give_object_text(model, object_text_of(data.features, data.dim, str(job.cache)), str(job.cache))
     _give_backgrounds(model, data, recipe)
-    if recipe.loss.class_.federated and not data.federated:
-        log(
-            f"note: loss.class.federated changes nothing: with protocol {protocol.name} annotations say of no image "
-            f"what it is judged by"
-        )
     seen = protocol.names if job.oracle else protocol.base
     loop = loop_of(model, batches, class_embeddings[: len(seen)].to(us.device), recipe, us.device)
     hooks = RunHooks(
-        run.path,
+        run,
         model,
         us,
         stop,
         {"layout": layout},
         job.save_minutes,
         "the same command with --resume",
-        validate=validation,
+        validate=_validation(job, protocol, class_embeddings, us),
         val_every=job.val_every,
         metric=METRICS[protocol.metric],
     )
@@ -158,10 +138,12 @@ def train_on(
         if hooks.ended == recipe.train.epochs:
             log(f"{run.path} is finished already")
             return run
-    _begin(job, data, protocol, class_embeddings, us, state, reliability | begun)
-    kind = "classes, base and novel" if job.oracle else "base classes"
+    _begin(run, job, data, protocol, class_embeddings, us, state, reliability | begun)
+    kind, loss = "classes, base and novel" if job.oracle else "base classes", recipe.loss
+    switches = {"instance": loss.instance.enabled, "class": loss.class_.enabled, "image": loss.image.enabled}
+    levels = ", ".join(level for level, on in switches.items() if on) or "none (base-only)"
     log(
-        f"{data.describe()} of {len(seen)} {kind}; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
+        f"{len(data)} images, boxes of {len(seen)} {kind}; distillation levels: {levels}; {us.device}"
         + (f", {us.world} processes" if us.world > 1 else "")
         + (f"; goes on at step {loop.step_number} of {loop.total}" if state else "")
     )
@@ -171,13 +153,12 @@ def train_on(
     return run
 
 
-def _state(job: TrainConfig, protocol: Protocol, record: dict[str, Any]) -> dict[str, Any] | None:
+def _state(run: RunFolder, job: TrainConfig, protocol: Protocol, record: dict[str, Any]) -> dict[str, Any] | None:
     """The checkpoint that a run goes on from; None where it begins. Raises HdovdError if it began otherwise than the
     job, the protocol and `record` say.
     """
     state = load_checkpoint(job.out, STATE) if job.resume else None
     if state is not None:
-        run = RunFolder(job.out)
         run.check_same(job.recipe, protocol, record)
         require_same_init(job.init, run)
         with fits(job.out):
@@ -195,14 +176,16 @@ def _run(loop: Loop[Sample], hooks: RunHooks, run: RunFolder, job: TrainConfig, 
             hooks.catch_up(loop)
             loop.run(hooks)
     except UnsoundLoss as error:
-        where = "" if error.record is None else f"; the batch is in {unsound_record(run, us, error.record)}"
-        raise HdovdError(f"{error}{where}") from error
+        file = run.path / (f"unsound_batch-{us.rank}.json" if us.world > 1 else "unsound_batch.json")
+        write_text(file, json.dumps(error.record, indent=1))
+        raise HdovdError(f"{error}; the batch is in {file}") from error
 
 
 def _give_backgrounds(model: Detector, data: TrainingSet | TarTrainingSet, recipe: Recipe) -> None:
     """The texts of backgrounds, where the recipe asks for them and the detector can use them."""
     if recipe.loss.class_.enabled and recipe.loss.class_.backgrounds and model.knows_backgrounds:
-        rows = background_texts(data)
+        labels = data.label_origin().inputs.get(Level.PSEUDO_LABEL, {})
+        rows = data.nouns[list(LabelRule.of(labels).backgrounds)]
         if len(rows):
             model.set_background_texts(rows.to(next(model.parameters()).device))
         log(f"texts of {len(rows)} nouns that are backgrounds are negatives, beside the learned one")
@@ -215,19 +198,11 @@ def prepared(model: Network, recipe: Recipe, us: Team) -> Network:
     """The network on its device, compiled if the recipe says so. In several processes on GPUs, batch norms take the
     statistics of the whole batch.
     """
-    if us.world > 1 and recipe.detector.backbone.norm == "batch":
-        if us.device.type == "cuda":
-            model.backbone = with_synced_norms(model.backbone)
-        else:
-            log(
-                "note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for "
-                "CPUs"
-            )
+    if us.world > 1 and recipe.detector.backbone.norm == "batch" and us.device.type == "cuda":
+        model.backbone = with_synced_norms(model.backbone)
     model = placed(model, us.device)
     if recipe.train.compile:
-        compile_backbone(model.backbone, us.device)
-    if us.world > 1:  # from here on each process draws for itself, where anything draws from torch's own generator
-        torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
+        compile_backbone(model.backbone)
     return model
 
 
@@ -236,11 +211,10 @@ def data_parallel(model: nn.Module) -> DistributedDataParallel:
     norms.
     """
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # and the old name warns
-    options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(
         model,
         gradient_as_bucket_view=True,
-        **options,
+        **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # type: ignore[arg-type]
         find_unused_parameters=getattr(model, "has_idle_parameters", False),
     )
 
@@ -319,6 +293,7 @@ def loop_of(
 
 
 def _begin(
+    run: RunFolder,
     job: TrainConfig,
     data: TrainingSet | TarTrainingSet,
     protocol: Protocol,
@@ -336,16 +311,8 @@ def _begin(
                     f"{job.out} holds a run without a checkpoint.pt: it cannot be resumed. Give another --out, or "
                     f"--overwrite"
                 )
-            run = RunFolder.create(
-                job.out,
-                job.recipe,
-                protocol,
-                class_embeddings,
-                {**data.record(), **origin, **now},
-                overwrite=job.overwrite or job.resume,
-            )
+            RunFolder.create(job.out, job.recipe, protocol, class_embeddings, {**data.record(), **origin, **now})
         else:
-            run = RunFolder(job.out)
             run.go_on(int(state["log_bytes"]), {**now, "step": int(state["step"])})
         if isinstance(data, TrainingSet):
             tell_cache(data.cache, run)
@@ -379,9 +346,3 @@ def tell_cache(cache: FeatureCache, run: RunFolder) -> None:
         Catalog(cache.url).record_run(RunRecord(str(run.path.resolve()), cache.set.levels))
     except HdovdError as error:
         log(f"note: {error}; hdovd cache gc will not know of this run")
-
-
-def enabled_levels(loss: LossConfig) -> str:
-    """The levels of distillation that are on, in words."""
-    levels = {"instance": loss.instance.enabled, "class": loss.class_.enabled, "image": loss.image.enabled}
-    return ", ".join(name for name, on in levels.items() if on) or "none (base-only)"

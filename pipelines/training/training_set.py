@@ -6,7 +6,6 @@ needed. D embedding size.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 from hdovd.cache.identity import require_same
 from hdovd.cache.reader import FeatureCache, InstanceRows, no_labels, require_together, require_unit
 from hdovd.cache.schema import DEFAULT_SET, Level, Source
-from hdovd.cache.tar_shards import TarSample, TarShards
+from hdovd.cache.tar_shards import TarShards
 from hdovd.config.recipe import LossConfig, Recipe
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
@@ -29,23 +28,21 @@ from hdovd.data.protocol import Protocol
 from hdovd.data.targets import Targets
 from hdovd.pipelines.calibration.values import LabelOrigin, origin_of
 from hdovd.pipelines.common.images import pixels_of, read_image, read_pixels
+from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.dataloading.loader import (
     Dealing,
     Draw,
     Order,
     ShardReading,
     Streams,
-    as_draw,
     block_shuffle,
     is_flipped,
     key_of,
     plain_shuffle,
     shard_shuffle,
 )
-from hdovd.pipelines.extraction.config import LabelRule
 from hdovd.pipelines.extraction.identities import inputs_of, require_exif
 from hdovd.pipelines.extraction.pseudo_labels import label_texts
-from hdovd.pipelines.extraction.text import object_text_of
 
 Sample = tuple[Tensor, Targets, int]  # picture (3, h, w) uint8 RGB, its targets, its image id
 
@@ -55,14 +52,15 @@ class TrainingSet(Dataset[Sample]):
 
     def __init__(self, split: Split, cache: FeatureCache, recipe: Recipe) -> None:
         """Raises HdovdError if a level of the cache that the recipe uses does not fit the split."""
-        self.split, self.cache, self.recipe = split, cache, recipe
+        self.split, self.recipe = split, recipe
+        self.cache, self.features, self.dim = cache, cache.set, cache.dim
         self._check()
         failed = cache.failed()  # left out of base-only runs too: runs that are compared see the same images
         self.images = [image for image in split.images if image.id not in failed]
         tell_failed(failed, len(self.images), "the cache says", f"of {split.annotations} has embeddings in {cache.url}")
         self.images = repeated(self.images, recipe)
-        named = uses_nouns(recipe.loss, cache.levels(), cache.url)
-        self.nouns = torch.from_numpy(cache.embeddings(Level.NOUN)) if named else torch.zeros(0, cache.dim)
+        has_nouns = uses_nouns(recipe.loss, cache.levels(), cache.url)
+        self.nouns = torch.from_numpy(cache.embeddings(Level.NOUN)) if has_nouns else torch.zeros(0, cache.dim)
 
     def _check(self) -> None:
         loss, cache = self.recipe.loss, self.cache
@@ -80,8 +78,7 @@ class TrainingSet(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, wanted: Draw | int) -> Sample:
-        draw = as_draw(wanted)
+    def __getitem__(self, draw: Draw) -> Sample:
         image = self.images[draw.index]
         return flipped_at_random(read_pixels(self.split, image), self.targets(image), image.id, draw.epoch, self.recipe)
 
@@ -95,26 +92,9 @@ class TrainingSet(Dataset[Sample]):
             return partial(block_shuffle, len(self), self.recipe.train.seed, streams)
         return partial(plain_shuffle, len(self), self.recipe.train.seed)
 
-    @property
-    def federated(self) -> bool:
-        """Whether annotations say what their images are judged by."""
-        return self.images[0].judged is not None
-
-    @property
-    def dim(self) -> int:
-        return self.cache.dim
-
     def class_embeddings(self, names: Sequence[str]) -> np.ndarray:
         """(len(names), D) float32 text embeddings. Raises HdovdError for a name that the cache lacks."""
         return self.cache.class_embeddings(names)
-
-    def describe(self) -> str:
-        """What there is to train on, in words."""
-        return f"{len(self)} images, {sum(len(image.boxes) for image in self.images)} boxes"
-
-    def object_text(self) -> Tensor | None:
-        """(D,) the text embedding of "object", None if there is none. Raises HdovdError for one that is damaged."""
-        return object_text_of(self.cache.set, self.dim, self.cache.url)
 
     def label_origin(self) -> LabelOrigin:
         """What the weights of pseudo labels depend on."""
@@ -136,10 +116,8 @@ class TrainingSet(Dataset[Sample]):
                     f"{base.tolist()}, expected {image.annotation_ids.tolist()}: run extract-clip again"
                 )
         whole = self.cache.image_embedding(image.id) if self.recipe.loss.image.enabled else None
-        targets = make_targets(
-            image.boxes, image.labels, rows, whole, self.nouns, self.cache.dim, f"{self.cache.url}: image {image.id}"
-        )
-        return targets if image.judged is None else replace(targets, judged=torch.from_numpy(image.judged))
+        where, judged = f"{self.cache.url}: image {image.id}", image.judged
+        return make_targets(image.boxes, image.labels, judged, rows, whole, self.nouns, self.dim, where)
 
 
 class TarTrainingSet(Dataset[Sample]):
@@ -158,6 +136,7 @@ class TarTrainingSet(Dataset[Sample]):
             )
         self.shards, self.recipe = TarShards(url), recipe
         self.url, self._meta = self.shards.url, self.shards.meta
+        self.features, self.dim = self._meta.features, self._meta.dim
         self._label = {name: label for label, name in enumerate(protocol.base)}
         self._check(protocol, features)
         failed, ids = self.shards.failed(), self._meta.tensors["image_id"]
@@ -170,8 +149,8 @@ class TarTrainingSet(Dataset[Sample]):
             range(end - len(some), end) for some, end in zip(per_shard, accumulate(map(len, per_shard)), strict=True)
         )
         tell_failed(failed, len(self._places), "the shards say", f"of {url} has embeddings")
-        named = uses_nouns(recipe.loss, self._meta.products, self.url)
-        rows = self._meta.tensors[Level.NOUN] if named else np.zeros((0, self.dim))
+        has_nouns = uses_nouns(recipe.loss, self._meta.products, self.url)
+        rows = self._meta.tensors[Level.NOUN] if has_nouns else np.zeros((0, self.dim))
         self.nouns = torch.from_numpy(rows.astype(np.float32))
         self.dealing: Dealing | None = None
         self._reading: ShardReading | None = None
@@ -187,46 +166,27 @@ class TarTrainingSet(Dataset[Sample]):
         if loss.uses_cache:
             require_together(self.url, inputs)
             require_exif(inputs, self.recipe.input.exif, self.url)
-        try:
-            wanted, theirs = meta.about["data"][Level.BOXES]["base_boxes"], meta.about["protocol"]
-            same = (
-                set(theirs["base"]) == set(protocol.base) and theirs["min_image_side_px"] == protocol.min_image_side_px
-            )
-        except (KeyError, TypeError) as error:
-            raise HdovdError(
-                f"{self.url} does not say what it was exported from ({error!r}): export the cache again"
-            ) from error
         if loss.uses_pseudo_boxes:
             require_same(
-                wanted,
+                value_at(meta.about, "data.boxes.base_boxes") or {},
                 inputs[Level.BOXES]["base_boxes"],
                 f"{self.url} has no embeddings of the base boxes",
                 "Train with --set loss.instance.enabled=false --set loss.class.enabled=false, or extract them",
             )
-        if not same:
-            differ = sorted(set(theirs["base"]) ^ set(protocol.base))
-            raise HdovdError(
-                f"{self.url} holds the images and base boxes of protocol {theirs['name']}, which is not "
-                f"{protocol.name}: "
-                + (f"base classes differ in {shorten([*differ])}" if differ else "min_image_side_px differs")
-                + ". Give the same --protocol, or extract and export with this one"
-            )
+        asked, held = (
+            {"base": sorted(tree.get("base", ())), "min_image_side_px": tree.get("min_image_side_px")}
+            for tree in (protocol.to_dict(), value_at(meta.about, "protocol") or {})
+        )
+        require_same(
+            asked,
+            held,
+            f"{self.url} holds the images and base boxes of another protocol than {protocol.name}",
+            "Give the same --protocol, or extract and export with this one",
+            sides=("asked for", "the shards hold"),
+        )
 
     def __len__(self) -> int:
         return len(self._places)
-
-    def describe(self) -> str:
-        """What there is to train on, in words."""
-        return f"{len(self)} images in {len(self.shards.numbers)} of {self._meta.shards} tar shards, boxes"
-
-    @property
-    def federated(self) -> bool:
-        """Whether annotations said what their images are judged by."""
-        return bool(self._meta.about["protocol"].get("federated"))
-
-    @property
-    def dim(self) -> int:
-        return self._meta.dim
 
     def class_embeddings(self, names: Sequence[str]) -> np.ndarray:
         """(len(names), D) float32 text embeddings. Raises HdovdError for a name that the shards lack."""
@@ -237,10 +197,6 @@ class TarTrainingSet(Dataset[Sample]):
             )
         return np.asarray(self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]])
 
-    def object_text(self) -> Tensor | None:
-        """(D,) the text embedding of "object", None if there is none. Raises HdovdError for one that is damaged."""
-        return object_text_of(self._meta.features, self.dim, self.url)
-
     def label_origin(self) -> LabelOrigin:
         """What the weights of pseudo labels depend on."""
         return LabelOrigin(
@@ -248,7 +204,7 @@ class TarTrainingSet(Dataset[Sample]):
             self._meta.key_inputs(),
             self._meta.attributes(Level.INSTANCE)["made_with"],
             self.dim,
-            self._meta.features.label_weights,
+            self.features.label_weights,
         )
 
     def record(self) -> dict[str, Any]:
@@ -268,23 +224,12 @@ class TarTrainingSet(Dataset[Sample]):
         """How an epoch goes over the images."""
         return partial(shard_shuffle, self._ranges, self.recipe.train.seed, streams)
 
-    def __getitem__(self, wanted: Draw | int) -> Sample:
+    def __getitem__(self, draw: Draw) -> Sample:
         """Raises HdovdError, naming the shard, for one that cannot be read."""
-        draw = as_draw(wanted)
         if self._reading is None or self._reading.epoch != draw.epoch:
             self._reading = ShardReading(self.shards, draw.epoch, {self._places[index] for index in self._wanted(draw)})
         place = self._places[draw.index]
-        return self._sample(self.shards.decode(place, self._reading.take(place)), draw.epoch)
-
-    def _wanted(self, draw: Draw) -> Iterable[int]:
-        """What this worker will be asked for from here to the end of the epoch."""
-        if self.dealing is None:
-            return [draw.index]
-        worker = get_worker_info()
-        steps = range(draw.step, self.dealing.steps, 1 if worker is None else worker.num_workers)
-        return (index for step in steps for index in self.dealing.part(draw.epoch, step))
-
-    def _sample(self, sample: TarSample, epoch: int) -> Sample:
+        sample = self.shards.decode(place, self._reading.take(place))
         about, arrays, loss = sample.about, sample.arrays, self.recipe.loss
         where = f"{self.url}: image {sample.image_id}"
         if sample.picture is None:
@@ -297,28 +242,22 @@ class TarTrainingSet(Dataset[Sample]):
             base = arrays["source"] == Source.BASE_BOX
             if [a["id"] for a in about["annotations"]] != arrays["annotation_id"][base].tolist():
                 raise HdovdError(f"{where}: its .json and .annotation_id.npy name other annotations; export again")
-            none = no_labels(len(base))
-            labelled = none | {name: arrays[name] for name in none if name in arrays}
-            rows = InstanceRows(
-                arrays["instance"],
-                *(arrays[name] for name in ("boxes", "source", "annotation_id", "score")),
-                **labelled,
-            )
+            known = {name: arrays[name] for name in InstanceRows.__slots__ if name in arrays}
+            rows = InstanceRows(arrays["instance"], arrays["boxes"], **no_labels(len(base)) | known)
         name, exif = f"{where}: {about['file_name']}", Exif(self.recipe.input.exif)
         picture = read_image(name, about["width"], about["height"], sample.picture, exif)
-        whole = arrays["image"] if loss.image.enabled else None
-        targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self.nouns, self.dim, where)
-        if (judged := about.get("judged")) is not None:
-            mask = torch.zeros(len(self._label), dtype=torch.bool)
-            mask[[self._label[name] for name in judged if name in self._label]] = True
-            targets = replace(targets, judged=mask)
-        return flipped_at_random(pixels_of(picture), targets, sample.image_id, epoch, self.recipe)
+        whole, judged = arrays["image"] if loss.image.enabled else None, about.get("judged")
+        mask = None if judged is None else np.isin([*self._label], judged)
+        targets = make_targets(boxes.astype(np.float32), labels, mask, rows, whole, self.nouns, self.dim, where)
+        return flipped_at_random(pixels_of(picture), targets, sample.image_id, draw.epoch, self.recipe)
 
-
-def background_texts(data: TrainingSet | TarTrainingSet) -> Tensor:
-    """(B, D) text embeddings of the nouns that the labels' rule calls backgrounds."""
-    rule = LabelRule.of(data.label_origin().inputs.get(Level.PSEUDO_LABEL, {}))
-    return data.nouns[list(rule.backgrounds)]
+    def _wanted(self, draw: Draw) -> Iterable[int]:
+        """What this worker will be asked for from here to the end of the epoch."""
+        if self.dealing is None:
+            return [draw.index]
+        worker = get_worker_info()
+        steps = range(draw.step, self.dealing.steps, 1 if worker is None else worker.num_workers)
+        return (index for step in steps for index in self.dealing.part(draw.epoch, step))
 
 
 def repeated(images: list[ImageBoxes], recipe: Recipe) -> list[ImageBoxes]:
@@ -362,6 +301,7 @@ def uses_nouns(loss: LossConfig, levels: Collection[Level], where: str) -> bool:
 def make_targets(
     boxes: np.ndarray,
     labels: np.ndarray,
+    judged: np.ndarray | None,
     rows: InstanceRows | None,
     image_embedding: np.ndarray | None,
     nouns: Tensor,
@@ -371,8 +311,8 @@ def make_targets(
     """The targets of one image: zeros for levels that are off. Raises HdovdError, naming `where`, for embeddings not of
     norm one.
 
-    boxes (n, 4) float32 and labels (n,) int64 of the base boxes; rows: theirs, in this order, and the proposals';
-    image_embedding (D,) float16; nouns (K, D) float32, no rows if pseudo boxes have none.
+    boxes (n, 4) float32 and labels (n,) int64 of the base boxes; judged (K,) bool, or None; rows: theirs, in this
+    order, and the proposals'; image_embedding (D,) float16; nouns (K, D) float32, no rows if pseudo boxes have none.
     """
     embeddings, pseudo_boxes = torch.zeros(len(boxes), dim), torch.zeros(0, 4)
     pseudo_embeddings, pseudo_texts = torch.zeros(0, dim), torch.zeros(0, dim)
@@ -386,9 +326,16 @@ def make_targets(
         pseudo_texts = _texts(proposals, nouns) if len(nouns) else torch.zeros(len(proposals.box), dim)
     if image_embedding is not None:
         require_unit(image_embedding[None], f"{where}, image level")
-    whole = torch.zeros(dim) if image_embedding is None else _normalised(image_embedding)
-    base = torch.from_numpy(boxes), torch.from_numpy(labels)
-    return Targets(*base, embeddings, pseudo_boxes, pseudo_embeddings, pseudo_texts, whole)
+    return Targets(
+        torch.from_numpy(boxes),
+        torch.from_numpy(labels),
+        embeddings,
+        pseudo_boxes,
+        pseudo_embeddings,
+        pseudo_texts,
+        torch.zeros(dim) if image_embedding is None else _normalised(image_embedding),
+        None if judged is None else torch.from_numpy(judged),
+    )
 
 
 def _texts(rows: InstanceRows, nouns: Tensor) -> Tensor:

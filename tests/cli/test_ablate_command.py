@@ -207,7 +207,7 @@ def test_dry_run_says_what_is_to_do(scene: Scene) -> None:
 def test_another_config_under_the_same_name_is_an_error(scene: Scene) -> None:
     found = CliRunner().invoke(app, [*scene.words, "--set", "train.weight_decay=0.5"])
     assert found.exit_code == 1
-    assert "train.weight_decay differs: asked for 0.5, there 0.01" in str(found.exception)
+    assert "train.weight_decay differs: asked for 0.5, began with 0.01" in str(found.exception)
 
 
 def test_a_cell_that_fails_is_told_and_the_others_finish(

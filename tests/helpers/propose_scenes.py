@@ -21,7 +21,7 @@ from hdovd.core.log import lines_to
 from hdovd.pipelines.proposals import propose as proposal_parts
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
-from hdovd.pipelines.training.hooks import SavingHooks
+from hdovd.pipelines.training.hooks import RunHooks
 from hdovd.pipelines.training.loop import Loop
 
 PART = 8  # images of a part here
@@ -37,10 +37,10 @@ def _run(
 ) -> int:
     torch.set_num_threads(1)
     proposal_parts.IMAGES = PART
-    told, write = SavingHooks.step, proposal_parts.Parts.write
+    told, write = RunHooks.step, proposal_parts.Parts.write
 
-    def step(self: SavingHooks, loop: Loop[Any]) -> None:
-        if loop.step_number == kill_at and ("rehearsal" in self.folder.name) == bool(rehearsal):
+    def step(self: RunHooks, loop: Loop[Any]) -> None:
+        if loop.step_number == kill_at and ("rehearsal" in self.run.path.name) == bool(rehearsal):
             os.kill(os.getpid(), signal)
         told(self, loop)
 
@@ -49,7 +49,7 @@ def _run(
             os.kill(os.getpid(), signal)
         write(self, part, *found, **told)
 
-    SavingHooks.step = step  # type: ignore[method-assign]
+    RunHooks.step = step  # type: ignore[method-assign]
     proposal_parts.Parts.write = write_or_die  # type: ignore[method-assign]
     try:
         with lines_to(lambda line: os.write(1, f"{line}\n".encode())):  # not to what pytest has as sys.stdout

@@ -8,22 +8,23 @@ from typing import Any
 
 import pytest
 
-from hdovd.config.recipe import PRESETS, load_recipe, shipped_recipes
+from hdovd.config.recipe import PRESETS, load_recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.text_files import shipped
 from hdovd.modeling.faster_rcnn import model as faster_rcnn
 from hdovd.modeling.losses.instance import MIN_PAIRS
 from hdovd.modeling.rois import POOL_SIZE, POSITIVE_IOU
 from hdovd.modeling.rpn import ASPECT_RATIOS
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped("recipes"))
 def test_every_shipped_recipe_loads(name: str) -> None:
     named = [known for known in ("adamixer", "rtdetr") if known in name]
     assert load_recipe(name).detector.name == (named[0] if named else "faster_rcnn")
 
 
 def test_names_of_shipped_recipes() -> None:
-    assert {"demo", "ov-coco-faster-rcnn-r50"} <= set(shipped_recipes())
+    assert {"demo", "ov-coco-faster-rcnn-r50"} <= set(shipped("recipes"))
 
 
 @pytest.mark.parametrize("detector", ["faster-rcnn", "adamixer"])
@@ -299,7 +300,7 @@ def test_every_value_of_the_ov_coco_recipes_has_its_source_behind_it(name: str) 
     ] == []
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped("recipes"))
 def test_a_resolved_recipe_can_be_given_again(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name, ["train.lr=0.125", "loss.class.weight=0.5", "detector.backbone.weights=a b/weights.pth"])
     file = tmp_path / "recipe.toml"
@@ -481,7 +482,7 @@ def test_base_only_turns_all_distillation_off() -> None:
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped("recipes"))
 def test_every_preset_fits_every_recipe(name: str, preset: str) -> None:
     assert load_recipe(name, PRESETS[preset]) != load_recipe(name)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.cache.catalog import Catalog
 from hdovd.config.recipe import PRESETS, load_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.ablation.ablate import LOCK, AblateConfig, RunState, ablate, commands, places, plan, standing
-from hdovd.pipelines.ablation.grid import cells_of, recipe_settings
+from hdovd.pipelines.ablation.ablate import (
+    LOCK,
+    STAGES,
+    AblateConfig,
+    ablate,
+    commands,
+    level_keys,
+    places,
+    plan,
+    stages_left,
+)
+from hdovd.pipelines.ablation.grid import cells_of
+from hdovd.pipelines.common.settings import flat
 
 SWITCHES = ("loss.instance.enabled=true,false", "loss.class.enabled=true,false")
 
@@ -49,7 +58,7 @@ def begun(config: AblateConfig) -> Callable[[AblateConfig], Path]:
         first.path.mkdir(parents=True)
         (first.path / "config.toml").write_text(first.recipe.to_toml())
         (first.path / "run.json").write_text(
-            json.dumps({"protocol": load_protocol(config.protocol).to_dict(), "cache": {"levels": {}}})
+            json.dumps({"protocol": load_protocol(config.protocol).to_dict(), "cache": {"levels": level_keys(config)}})
         )
         return first.path
 
@@ -110,7 +119,7 @@ def test_without_a_grid_there_is_one_cell() -> None:
             [],
             r"unknown key loss\.instanse\.enabled; the nearest valid one is loss\.instance\.enabled",
         ),
-        (["train.lr=0.1,fast"], [], r"--grid train\.lr=fast: .*train\.lr = 'fast'"),
+        (["train.lr=0.1,fast"], [], r"train\.lr = 'fast'"),
         (["train.lr"], [], "KEY=VALUE"),
         (["train.lr=0.1,"], [], "KEY=VALUE"),
         (["=1"], [], "KEY=VALUE"),
@@ -130,40 +139,37 @@ def test_a_wrong_grid_is_refused(grid: list[str], settings: list[str], expected:
 # --- what is left to do ---
 
 
-def test_standing_follows_the_run_folder(config: AblateConfig, begun: Callable[[AblateConfig], Path]) -> None:
-    first = plan(config)[0]
-    assert standing(first, config) is RunState.TRAIN
+def test_what_is_left_follows_the_run_folder(config: AblateConfig, begun: Callable[[AblateConfig], Path]) -> None:
+    first, keys = plan(config)[0], level_keys(config)
+    assert stages_left(first, config, keys) == STAGES
     path = begun(config)
-    assert standing(first, config) is RunState.GO_ON
+    assert stages_left(first, config, keys) == STAGES
     (path / "log.jsonl").write_text('{"step": 3, "epoch": 1}\n')
     (path / "model.safetensors").touch()
-    assert standing(first, config) is RunState.EVALUATE
+    assert stages_left(first, config, keys) == ("eval",)
     (path / "checkpoint.pt").touch()  # training itself knows best how far it is
-    assert standing(first, config) is RunState.GO_ON
+    assert stages_left(first, config, keys) == STAGES
     (path / "metrics.json").write_text('{"ap50"')  # killed while it was written
-    assert standing(first, config) is RunState.GO_ON
+    assert stages_left(first, config, keys) == STAGES
     (path / "metrics.json").write_text('{"ap50": {"novel": 1.0, "base": 2.0, "all": 1.5}}')
-    assert standing(first, config) is RunState.DONE
-    assert standing(first, replace(config, settings=(*config.settings, "train.workers=1"))) is RunState.DONE
+    assert stages_left(first, config, keys) == ()
+    assert stages_left(first, replace(config, settings=(*config.settings, "train.workers=1")), keys) == ()
     [auto] = [
         one
         for one in plan(replace(config, settings=(*config.settings, "train.precision=auto")))
         if one.name == first.name
     ]
     assert auto.recipe.train.precision == "auto"
-    assert standing(auto, config) is RunState.DONE
+    assert stages_left(auto, config, keys) == ()
 
 
 def test_commands_say_all_that_the_run_needs(config: AblateConfig) -> None:
     validation, data = DataPaths(None, Path("v"), Path("w")), DataPaths(Path("d"), Path("i"), Path("a"), "voc")
     config = replace(config, preset="base-only", data=data, validation=validation)
     first = plan(config)[0]
-    first.state = RunState.GO_ON
     train, evaluate = commands(first, config)
     assert train[:4] == (sys.executable, "-m", "hdovd", "train")
     assert "--resume" in train
-    first.state = RunState.TRAIN
-    assert "--resume" not in commands(first, config)[0]
     pairs = list(pairwise(train))
     for pair in (
         ("--preset", "base-only"),
@@ -180,9 +186,9 @@ def test_commands_say_all_that_the_run_needs(config: AblateConfig) -> None:
     assert evaluate[4:] == (str(first.path), "--images", "v", "--annotations", "w", "--device", "cpu")
     tar = replace(config, cache="shards/{000000..000002}.tar")
     assert "--data" not in commands(first, tar)[0]
-    first.state = RunState.EVALUATE
+    first.left = ("eval",)
     assert commands(first, config) == (evaluate,)
-    first.state = RunState.DONE
+    first.left = ()
     assert commands(first, config) == ()
 
 
@@ -199,26 +205,27 @@ def test_the_oracle_is_trained_on_all_classes_and_told_from_base_only(
     begun(config).rename(config.out / "moved")
     oracle.path.parent.mkdir(parents=True)
     (config.out / "moved").rename(oracle.path)  # base-only, where the oracle should be
-    with pytest.raises(HdovdError, match="oracle differs: asked for true, there false"):
-        standing(oracle, config)
+    with pytest.raises(HdovdError, match="oracle differs: asked for true, began with false"):
+        stages_left(oracle, config, level_keys(config))
 
 
 def test_jobs_share_cores_and_gpus(config: AblateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert places(replace(config, jobs=3), 9) == [{"OMP_NUM_THREADS": "2"}] * 3
     auto = places(replace(config, jobs=3, device="auto"), 9)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in auto] == ["3", "5", "3"]
-    assert places(replace(config, jobs=5), 1) == [{}]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert places(replace(config, jobs=2, device="auto"), 9) == [{}, {}]
+    assert places(replace(config, jobs=5), 1) == [{"OMP_NUM_THREADS": "8"}]
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # as the user said
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert places(replace(config, jobs=2, device="auto"), 9) == [{"OMP_NUM_THREADS": "1"}] * 2
 
 
 def test_dry_run_writes_nothing(config: AblateConfig, begun: Callable[[AblateConfig], Path]) -> None:
     found = ablate(replace(config, dry_run=True, out=config.out / "deep"))
-    assert [planned.state for planned in found.runs] == [RunState.TRAIN] * 4
+    assert [planned.left for planned in found.runs] == [STAGES] * 4
     assert not config.out.exists()
 
 
@@ -230,7 +237,7 @@ def test_another_config_in_a_runs_folder_is_named(
 ) -> None:
     path = begun(config)
     with pytest.raises(
-        HdovdError, match=r"seed0 holds a run of another config:\s+train\.epochs differs: asked for 2, there 1"
+        HdovdError, match=r"seed0 began otherwise:\s+recipe\.train\.epochs differs: asked for 2, began with 1"
     ):
         ablate(replace(config, settings=("train.epochs=2",)))
     protocol = tmp_path / "protocol.toml"
@@ -238,7 +245,7 @@ def test_another_config_in_a_runs_folder_is_named(
     with pytest.raises(HdovdError, match=r"protocol\.name differs: asked for \"other\""):
         ablate(replace(config, protocol=str(protocol)))
     (path / "run.json").write_text("{")
-    with pytest.raises(HdovdError, match=r"seed0: run\.json.*delete this folder"):
+    with pytest.raises(HdovdError, match=r"seed0.run\.json is damaged"):
         ablate(config)
 
 
@@ -248,16 +255,14 @@ def test_a_run_from_before_proposals_were_in_recipes_is_the_same(
     path = begun(config)
     text = (path / "config.toml").read_text()
     (path / "config.toml").write_text(text[: text.index("[proposals]")])
-    assert standing(plan(config)[0], config) is RunState.GO_ON
+    assert plan(config)[0].left == STAGES
 
 
 def test_runs_of_other_features_are_refused(config: AblateConfig, begun: Callable[[AblateConfig], Path]) -> None:
     path = begun(config)
     record = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(record | {"cache": {"levels": {"instance": {"key": "other"}}}}))
-    with pytest.raises(
-        HdovdError, match=r"(?s)other features than the cache holds now:.*instance differs: there .other."
-    ):
+    with pytest.raises(HdovdError, match=r"(?s)cache\.instance differs: asked for .*, began with .other."):
         ablate(config)
 
 
@@ -276,24 +281,6 @@ def test_data_and_cache_are_checked_once_before_anything_runs(
     with pytest.raises(HdovdError, match=expected):
         ablate(replace(config, **change))  # type: ignore[arg-type]
     assert not list(config.out.rglob("seed*"))
-
-
-def test_a_weight_of_labels_that_is_not_known_is_told_before_anything_runs(
-    config: AblateConfig, copied_cache: Path
-) -> None:
-    catalog = Catalog(copied_cache)
-    catalog.write_set("default", replace(catalog.sets()["default"], label_weights={}))
-    with pytest.raises(HdovdError, match="Fit the values to it: hdovd calibrate"):
-        ablate(replace(config, cache=copied_cache, settings=("pseudo_boxes.reliability_width=auto",)))
-    assert not list(config.out.rglob("seed*"))
-
-
-def test_a_cache_that_lacks_what_one_cell_needs_is_refused(config: AblateConfig, copied_cache: Path) -> None:
-    tree = json.loads((copied_cache / "zarr.json").read_text())
-    assert tree["attributes"]
-    shutil.rmtree(copied_cache / "image")
-    with pytest.raises(HdovdError, match="image"):
-        ablate(replace(config, cache=copied_cache, grid=("loss.image.enabled=false,true",)))
 
 
 def test_an_oracle_is_refused_where_there_is_nothing_to_train_it_on(config: AblateConfig, tmp_path: Path) -> None:
@@ -319,7 +306,6 @@ def test_two_ablations_do_not_share_a_folder(config: AblateConfig) -> None:
     [
         {"seeds": 0},
         {"jobs": 0},
-        {"preset": "none"},
         {"data": DataPaths(None, Path("i"), Path("a"))},
         {"grid": ("pseudo_boxes.reliability_width=0.1,0.2",), "calibration": Path("c.toml")},
     ],
@@ -330,6 +316,6 @@ def test_config_is_checked(config: AblateConfig, change: dict[str, object]) -> N
 
 
 def test_recipe_settings_are_the_recipe() -> None:
-    settings = recipe_settings(load_recipe("demo"))
+    settings = flat(load_recipe("demo").model_dump(by_alias=True))
     assert settings["loss.class.enabled"] is True
     assert load_recipe("demo", [f"{key}={json.dumps(value)}" for key, value in settings.items()]) == load_recipe("demo")

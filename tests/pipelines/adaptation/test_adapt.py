@@ -204,7 +204,7 @@ def test_pictures_are_judged_by_the_classes_of_their_own_data(data: JudgedSet, m
     tree = json.loads((mine / "annotations" / "instances_train2017.json").read_text())
     names = {c["id"]: c["name"] for c in tree["categories"]}
     for index in range(len(data.images)):
-        _, targets, image_id = data[index]
+        _, targets, image_id = data[Draw(0, 0, index)]
         called = [data.base[label] for label in targets.labels.tolist()]
         wanted = [names[a["category_id"]] for a in tree["annotations"] if a["image_id"] == image_id]
         assert sorted(called) == sorted(wanted)
@@ -722,7 +722,7 @@ def test_an_import_is_adapted(
 ) -> None:
     record = {"cache": {"path": None, "levels": {}}, "imported": {"file": "theirs.pth"}}
     recipe, protocol, rows = distilled.recipe(), distilled.protocol(), distilled.class_embeddings()
-    run = RunFolder.create(tmp_path / "run", recipe, protocol, rows, record, overwrite=False)
+    run = RunFolder.create(tmp_path / "run", recipe, protocol, rows, record)
     shutil.copy(distilled.path / "model.safetensors", run.path)
     said = list[str]()
     with lines_to(said.append):

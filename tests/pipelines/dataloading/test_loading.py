@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.targets import Targets
-from hdovd.pipelines.dataloading.loader import Batches, Dealing, Draw, TrainingBatches, as_draw, plain_shuffle
+from hdovd.pipelines.dataloading.loader import Batches, Dealing, Draw, TrainingBatches, plain_shuffle
 
 CPU = torch.device("cpu")
 Sample = tuple[Tensor, Targets, int]
@@ -30,7 +30,7 @@ class _Data(Dataset[Sample]):
         return self.length
 
     def __getitem__(self, wanted: Draw | int) -> Sample:
-        index = as_draw(wanted).index
+        index = wanted if isinstance(wanted, int) else wanted.index
         if index in self.bad:
             raise self.error(f"picture {index} cannot be read")
         rows = [torch.full((index % 3, 4), float(index)) for _ in range(6)]
@@ -132,7 +132,7 @@ def test_sample_that_cannot_be_sent_is_an_error() -> None:
 FROM_SPAWNED_WORKERS = """
 import torch
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.dataloading.loader import Batches, Dealing, Draw, TrainingBatches, as_draw, plain_shuffle
+from hdovd.pipelines.dataloading.loader import Batches, Dealing, Draw, TrainingBatches, plain_shuffle
 from hdovd.data.targets import Targets
 if __name__ == "__main__":
     torch.multiprocessing.set_start_method("spawn")
@@ -152,7 +152,7 @@ if __name__ == "__main__":
 UNDER_64_DESCRIPTORS = """
 import resource
 import torch
-from hdovd.pipelines.dataloading.loader import Batches, Dealing, Draw, TrainingBatches, as_draw, plain_shuffle
+from hdovd.pipelines.dataloading.loader import Batches, Dealing, Draw, TrainingBatches, plain_shuffle
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     data = [[torch.full((5,), i) for _ in range(8)] for i in range(1600)]

@@ -122,10 +122,10 @@ def test_any_nesting_comes_back_equal_from_places_apart(batch: Any) -> None:
     packed = pack(batch)
     assert_same(packed.unpack(), batch)
     end = 0
-    for place in packed.places:
-        assert place.offset % ALIGNMENT == 0
-        assert place.offset >= end
-        end = place.offset + int(np.prod(place.shape, dtype=int)) * place.dtype.itemsize
+    for offset, shape, dtype in packed.places:
+        assert offset % ALIGNMENT == 0
+        assert offset >= end
+        end = offset + int(np.prod(shape, dtype=int)) * dtype.itemsize
     assert end <= len(packed.buffer) < end + ALIGNMENT
     assert_same(pickle.loads(pickle.dumps(packed)).unpack(), batch)
 

@@ -55,7 +55,7 @@ def _random_run(folder: Path, recipe: Recipe) -> RunFolder:
     texts = torch.nn.functional.normalize(torch.randn(3, DIM), dim=1)
     made = {"clip": {"weights_sha256": "ab" * 32}, "templates": ["a {}"], "names": PROTOCOL.names}
     run = RunFolder.create(
-        folder, recipe, PROTOCOL, texts, {"cache": {"levels": {"class": {"key": "k", "inputs": made}}}}, overwrite=False
+        folder, recipe, PROTOCOL, texts, {"cache": {"levels": {"class": {"key": "k", "inputs": made}}}}
     )
     run.save_model(FasterRCNN(recipe, DIM))
     return run

@@ -22,6 +22,7 @@ from hdovd.data.coco import DataPaths, ImageBoxes, load_split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
+from hdovd.pipelines.dataloading.loader import Draw
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelChoice, LabelRule
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars, import_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -263,7 +264,7 @@ def test_training_takes_u_of_all_of_them_from_the_cache_and_from_tar_shards(
         rows = rows.select(rows.noun >= 0)
         wanted = (nouns[rows.top_noun] * rows.top_weight[..., None]).sum(axis=1)
         wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
-        texts = data[index][1].pseudo_texts
+        texts = data[Draw(0, 0, index)][1].pseudo_texts
         np.testing.assert_allclose(texts, wanted, atol=1e-5)
         torch.testing.assert_close(tars[index][1].pseudo_texts, texts)
         several += int((abs(texts.numpy() - nouns[rows.noun]).max(axis=1) > 1e-3).sum()) if len(rows.noun) else 0

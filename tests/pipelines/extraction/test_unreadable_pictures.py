@@ -20,6 +20,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.dataloading.loader import Draw
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.training.training_set import TrainingSet
@@ -117,7 +118,7 @@ def test_broken_pictures_are_counted_listed_and_left_out_of_training(
     assert {image.id for image in data.images} == set(kept) - reasons.keys()
     assert any(line.startswith("skipped 5") for line in told)
     for index in range(len(data)):
-        assert data[index][1].embeddings.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
+        assert data[Draw(0, 0, index)][1].embeddings.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
 
 
 def test_later_run_is_a_hit_that_says_again_what_failed(
@@ -271,5 +272,5 @@ def test_image_that_failed_in_one_level_alone_does_not_train(
     data = _training_set(copied_world, tmp_path / "cache", micro_recipe())
     assert {image.id for image in data.images} == set(kept) - {MISSING}
     for index in range(len(data)):
-        _, targets, image_id = data[index]
+        _, targets, image_id = data[Draw(0, 0, index)]
         assert float(targets.image_embedding.norm()) == pytest.approx(1, abs=1e-5), image_id

@@ -27,7 +27,7 @@ from hdovd.pipelines.report.figures import ablation, charted
 from hdovd.pipelines.report.report import ReportConfig, report
 from hdovd.pipelines.report.runs import OneRun, names_of
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import Run, State
+from hdovd.pipelines.runs.listing import Run
 
 HOSTILE = 'a<img src=x onerror=alert(1)>&"b'
 
@@ -274,7 +274,6 @@ def _run(ap50: float, **settings: Any) -> Run:
     values = {"train.seed": 0, "loss.class.enabled": True, "pseudo_boxes.reliability_centre": 0.3, **settings}
     return Run(
         Path("r"),
-        State.FINISHED,
         datetime(2026, 1, 1),
         values,
         ap={"novel": ap50, "base": 50.0, "all": 40.0},

@@ -159,7 +159,6 @@ def test_checkpoints_that_lack_something_or_are_of_another_run(
         {"step": "x"},
         {"window": 3},
         {"layout": 3},
-        {"rng": 3},
         {"best": None},
         {"log_bytes": "x"},
     ):

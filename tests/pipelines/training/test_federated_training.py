@@ -22,6 +22,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.pipelines.dataloading.loader import Draw
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -79,7 +80,7 @@ def test_an_image_is_judged_by_what_is_in_it_and_what_is_known_not_to_be(
     data = TrainingSet(split, FeatureCache(cache), micro_recipe())
     sizes = set()
     for index in range(len(data)):
-        _, targets, image_id = data[index]
+        _, targets, image_id = data[Draw(0, 0, index)]
         assert targets.judged is not None
         assert targets.judged.shape == (len(protocol.base),)
         found = {protocol.base[k] for k in targets.judged.nonzero().flatten().tolist()}

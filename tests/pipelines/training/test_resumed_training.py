@@ -25,7 +25,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.runs.folder import RunFolder, replace_file
 from hdovd.pipelines.runs.listing import State, read_run
-from hdovd.pipelines.training.hooks import load_checkpoint, save_checkpoint
+from hdovd.pipelines.training.hooks import load_checkpoint
 from hdovd.pipelines.training.train import TrainConfig, train
 
 # 23 images: 5 steps of 4 an epoch; the optimiser has a state, the schedule moves
@@ -371,7 +371,7 @@ def test_other_images_are_refused(
 
 
 def test_a_full_disk_keeps_the_checkpoint_that_is_there(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, {"step": 1})
+    torch.save({"step": 1}, tmp_path / "checkpoint.pt")
     with pytest.raises(HdovdError, match=r"checkpoint\.pt cannot be written: No space left .*with --resume"):
         replace_file(tmp_path / "checkpoint.pt", _no_room)
     assert load_checkpoint(tmp_path) == {"step": 1}

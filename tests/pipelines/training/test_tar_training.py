@@ -42,7 +42,7 @@ OFF = {level: f"loss.{level}.enabled=false" for level in ("instance", "class", "
 
 
 def _in_order(data: TarTrainingSet) -> Iterator[Sample]:
-    return (data[number] for number in range(len(data)))
+    return (data[Draw(0, 0, number)] for number in range(len(data)))
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +93,11 @@ def test_samples_are_those_of_the_zarr_cache(
     recipe = micro_recipe("input.flip=0.0", *(OFF[level] for level in off))
     expected = zarr_set(recipe)
     data = TarTrainingSet(str(shards), protocol, recipe)
-    found = [data[number] for number in range(len(data))]
+    found = [data[Draw(0, 0, number)] for number in range(len(data))]
     assert [sample[2] for sample in found] == kept
     assert len(found) == len(expected)
     for sample, number in zip(found, range(len(expected)), strict=True):
-        _same(sample, expected[number])
+        _same(sample, expected[Draw(0, 0, number)])
 
 
 def test_image_without_proposals_keeps_its_base_boxes(
@@ -371,11 +371,7 @@ def test_other_protocols_are_refused_naming_the_classes(
     text = (world / "protocol.toml").read_text()
     (tmp_path / "fewer.toml").write_text(text.replace(f'"{protocol.base[0]}", ', ""))
     _refused(
-        shards,
-        world,
-        micro_recipe(),
-        f"base classes differ in {protocol.base[0]}",
-        protocol=str(tmp_path / "fewer.toml"),
+        shards, world, micro_recipe(), f"base differs: .*{protocol.base[0]}", protocol=str(tmp_path / "fewer.toml")
     )
     (tmp_path / "side.toml").write_text(text + "\nmin_image_side_px = 40\n")
     _refused(

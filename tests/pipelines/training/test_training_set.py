@@ -67,7 +67,7 @@ def test_rows_are_those_of_the_annotations(world: Path, cache: Path, kept: list[
     data = _training_set(world, cache, micro_recipe("input.flip=0.0"))
     assert [image.id for image in data.images] == kept
     for index in range(len(data)):
-        picture, targets, image_id = data[index]
+        picture, targets, image_id = data[Draw(0, 0, index)]
         image = data.images[index]
         assert picture.shape == (3, image.height, image.width)
         assert picture.dtype == torch.uint8
@@ -94,7 +94,7 @@ def test_pseudo_boxes_come_best_first_with_their_noun(world: Path, cache: Path, 
     data = _training_set(world, cache, micro_recipe("input.flip=0.0"))
     seen = 0
     for index in range(len(data)):
-        _, targets, image_id = data[index]
+        _, targets, image_id = data[Draw(0, 0, index)]
         rows = reader.instances(image_id).proposals()
         named = rows.noun >= 0
         assert (np.diff(rows.score) <= 0).all()
@@ -319,7 +319,7 @@ def test_class_level_needs_nouns(
     with pytest.raises(HdovdError, match=r"--vocabulary.*loss\.class\.enabled=false"):
         _training_set(world, tmp_path / "cache", micro_recipe())
     data = _training_set(world, tmp_path / "cache", micro_recipe("loss.class.enabled=false"))
-    assert len(data[0][1].pseudo_boxes) > 0
+    assert len(data[Draw(0, 0, 0)][1].pseudo_boxes) > 0
 
 
 def test_tampered_annotation_ids_are_refused(world: Path, copied_cache: Path, micro_recipe: MakeRecipe) -> None:
@@ -338,7 +338,7 @@ def test_tampered_annotation_ids_are_refused(world: Path, copied_cache: Path, mi
     record.write_text(json.dumps(tree))  # its checksum was changed with it
     data = _training_set(world, copied_cache, micro_recipe())
     with pytest.raises(HdovdError, match="image 1 are of annotations"):
-        data[0]
+        data[Draw(0, 0, 0)]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other size"])
@@ -353,4 +353,4 @@ def test_picture_broken_after_extraction_is_named(
     else:
         Image.new("RGB", (10, 10)).save(file)
     with pytest.raises(HdovdError, match=r"image 1: .*000000000001.jpg"):
-        data[0]
+        data[Draw(0, 0, 0)]

@@ -22,9 +22,10 @@ from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.report.report import ReportConfig, report
 from hdovd.pipelines.report.runs import relations
+from hdovd.pipelines.runs.config import ImportCheckpointConfig
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.import_checkpoint import ImportCheckpointConfig, import_checkpoint
 from hdovd.pipelines.runs.listing import State, read_run
+from hdovd.pipelines.training.initial_weights import import_checkpoint
 
 D = 24
 SETTINGS = (
@@ -147,11 +148,10 @@ def test_what_is_imported_is_the_model(files: Files) -> None:
     run.load_model(again)
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
     text = "\n".join(said)
-    assert "not used: optimizer" in text
     assert "not used: 1 tensors (backbone.bn1.num_batches_tracked)" in text
     assert "not in the file: 4 tensors (instance_level.student_queue.rows" in text
     record = run.record()["imported"]
-    assert (record["epoch"], record["iter"], record["unused"]) == (12, 7, ["backbone.bn1.num_batches_tracked"])
+    assert record["unused"] == ["backbone.bn1.num_batches_tracked"]
     assert run.recipe().pseudo_boxes.reliability == (0.31, 0.026, 1.3)
     torch.testing.assert_close(run.class_embeddings().norm(dim=1), torch.ones(len(run.protocol().names)))
 
@@ -262,20 +262,18 @@ def test_an_adamixer_is_imported_with_the_text_of_object(files: Files, tmp_path:
     torch.testing.assert_close(again.state_dict(), expected)
     with pytest.raises(HdovdError, match="give --object-embedding FILE"):
         import_checkpoint(files({"state_dict": state}, detector="adamixer", settings=ADAMIXER, overwrite=True))
-    with pytest.raises(HdovdError, match="is a checkpoint of adamixer, not of faster_rcnn"):
+    with pytest.raises(HdovdError, match="does not fit detector faster_rcnn"):
         import_checkpoint(files({"state_dict": state}, overwrite=True))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_half_precision_and_wrapped_names(wrapped: bool, files: Files) -> None:
-    model, said = model_of(), list[str]()
+    model = model_of()
     state = {
         ("module." if wrapped else "") + k: v.half() if v.is_floating_point() else v
         for k, v in theirs_of(model).items()
     }
-    with lines_to(said.append):
-        run = import_checkpoint(files({"state_dict": state}))
-    assert any(re.fullmatch(r"\d+ tensors are float16: made float32", line) for line in said)
+    run = import_checkpoint(files({"state_dict": state}))
     again = build_detector(run.recipe(), D, initialise=False)
     run.load_model(again)
     assert all(p.dtype == torch.float32 for p in again.parameters())
@@ -348,5 +346,3 @@ def test_class_embeddings_are_asked_for_and_a_run_is_kept(files: Files, micro_re
     import_checkpoint(files(content))
     with pytest.raises(HdovdError, match="holds a run already"):
         import_checkpoint(files(content))
-    with pytest.raises(HdovdError, match=" or ".join(PUBLISHED)):
-        import_checkpoint(files(content, detector="yolo", overwrite=True))
