@@ -31,6 +31,8 @@ from hdovd.config.detector import (
 from hdovd.core.errors import HdovdError
 from hdovd.core.text_files import cut, parse_toml, read_shipped, shipped, shown
 
+_MOST_ERRORS = 20  # said of one recipe
+
 
 class InputConfig(Section):
     short_side: Count
@@ -243,8 +245,9 @@ def build_recipe(tree: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        told = "\n".join(f"  {_explain(dict(e))}" for e in error.errors())
-        raise HdovdError(f"recipe {origin}:\n{told}") from error
+        lines = [f"  {_explain(dict(e))}" for e in error.errors()[:_MOST_ERRORS]]
+        more = error.error_count() - len(lines)
+        raise HdovdError(f"recipe {origin}:\n" + "\n".join(lines) + (f"\n  and {more} more" if more else "")) from error
 
 
 def outside_code(recipe: Recipe) -> dict[str, str]:
