@@ -329,7 +329,7 @@ def test_trains_from_shards_alone_by_command(
         ],
     )
     main()
-    assert "23 images in 5 of 5 tar shards" in capsys.readouterr().out
+    assert "23 images, boxes of 16 base classes" in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     reader = FeatureCache(cache)
     assert record["cache"]["levels"] == reader.identity()["levels"]

@@ -111,8 +111,8 @@ def test_flip_keeps_boxes_pseudo_boxes_rows_and_pixels_together(
     plain = _training_set(world, cache, micro_recipe("input.flip=0.0"))
     mirrored = _training_set(world, cache, micro_recipe("input.flip=1.0"))
     for index in range(len(plain)):
-        picture, targets, _ = plain[index]
-        flipped, other, _ = mirrored[index]
+        picture, targets, _ = plain[Draw(0, 0, index)]
+        flipped, other, _ = mirrored[Draw(0, 0, index)]
         assert torch.equal(flipped, picture.flip(-1))
         for name in ("labels", "embeddings", "pseudo_embeddings", "pseudo_texts", "image_embedding"):
             assert torch.equal(getattr(other, name), getattr(targets, name)), name
@@ -137,7 +137,7 @@ def test_flips_are_as_frequent_as_asked_and_drawn_anew_each_epoch(
     )
     found = [
         [
-            [epoch for epoch in range(4) if not torch.equal(data[Draw(epoch, 0, i)][0], plain[i][0])]
+            [epoch for epoch in range(4) if not torch.equal(data[Draw(epoch, 0, i)][0], plain[Draw(0, 0, i)][0])]
             for i in range(len(plain))
         ]
         for data in (random, again, other)
@@ -151,7 +151,8 @@ def test_shuffled_and_flipped_samples_keep_their_rows(world: Path, cache: Path, 
     """Through the loader with its order, its workers and flips: what belongs to a box is still at its box."""
     data = _training_set(world, cache, micro_recipe("input.flip=0.5"))
     plain = {
-        data.images[i].id: _training_set(world, cache, micro_recipe("input.flip=0.0"))[i] for i in range(len(data))
+        data.images[i].id: _training_set(world, cache, micro_recipe("input.flip=0.0"))[Draw(0, 0, i)]
+        for i in range(len(data))
     }
     batches = TrainingBatches(data, Dealing(partial(plain_shuffle, len(data), 3), 5), 1, device=torch.device("cpu"))
     batches.seek(2)
@@ -172,14 +173,14 @@ def test_shuffled_and_flipped_samples_keep_their_rows(world: Path, cache: Path, 
 
 def test_switches_decide_what_is_read(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
     base_only = [f"loss.{level}.enabled=false" for level in ("instance", "class", "image")]
-    _, targets, _ = _training_set(world, cache, micro_recipe(*base_only))[0]
+    _, targets, _ = _training_set(world, cache, micro_recipe(*base_only))[Draw(0, 0, 0)]
     assert len(targets.pseudo_boxes) == 0
     assert not targets.embeddings.any()
     assert not targets.image_embedding.any()
-    _, targets, _ = _training_set(world, cache, micro_recipe(*base_only[:2]))[0]
+    _, targets, _ = _training_set(world, cache, micro_recipe(*base_only[:2]))[Draw(0, 0, 0)]
     assert len(targets.pseudo_boxes) == 0
     assert targets.image_embedding.any()
-    _, targets, _ = _training_set(world, cache, micro_recipe(*base_only[1:]))[0]
+    _, targets, _ = _training_set(world, cache, micro_recipe(*base_only[1:]))[Draw(0, 0, 0)]
     assert len(targets.pseudo_boxes) > 0
     assert targets.embeddings.any()
 
