@@ -211,7 +211,7 @@ def test_pictures_are_judged_by_the_classes_of_their_own_data(data: JudgedSet, m
         assert targets.judged is not None
         assert {data.base[k] for k in targets.judged.nonzero().flatten().tolist()} == set(MINE)
     assert data.replay is not None
-    _, targets, image_id = data[len(data.images)]
+    _, targets, image_id = data[Draw(0, 0, len(data.images))]
     assert targets.judged is not None
     assert [data.base[k] for k in targets.judged.nonzero().flatten().tolist()] == list(BASE)
     assert -1 - image_id in {image.id for image in data.replay.images}
@@ -465,11 +465,6 @@ def test_how_much_is_trained_is_decided_by_how_much_there_is(
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "record", lambda _: imported)
         assert planned(distilled, alone, []).train.epochs == 1000 * old.batch_size // 1000
-    lost = {"adapted": {}, "init": {"run": "/nowhere"}}
-    with monkeypatch.context() as patch, lines_to(said.append):
-        patch.setattr(RunFolder, "record", lambda _: lost)
-        planned(distilled, alone, [])
-    assert "began with is not here" in said[-2]
     slow = distilled.written_recipe().model_copy(update={"train": old.model_copy(update={"warmup_iterations": 1000})})
     monkeypatch.setattr(RunFolder, "written_recipe", lambda _: slow)
     short = planned(distilled, alone, ["train.epochs=2", "train.batch_size=50"])
