@@ -42,7 +42,7 @@ DIRECTIONS = {"rtdetr": {"DeformableAttention", "GridSampling"}}  # likewise, of
 SAMPLES = {"training_set.py", "targets.py", "loader.py", "text.py"}  # read and prepared before they are moved
 # Of what was read from a file: texts of backgrounds, whether there are rows, a text of "object", values that are not
 # finite, the values that were written.
-LOADED = {"FeatureQueue", "base.py", "detector.py", "folder.py", "tensors.py"}
+LOADED = {"FeatureQueue", "base.py", "detector.py", "folder.py", "tensors.py", "train.py"}
 LOSSES = {"LossWindow"}  # looked at every 50 steps
 OF_NETWORKS = {
     "convolution",
