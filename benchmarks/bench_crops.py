@@ -28,8 +28,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
-from hdovd.pipelines.embedding.embedders import Cutter, Pictures, embedders_of
-from hdovd.pipelines.embedding.feed import own_threads
+from hdovd.pipelines.embedding.embedders import Cutter, Pictures, embedders_of, own_threads
 from hdovd.pipelines.extraction.forecast import make_world
 from hdovd.pipelines.teachers.openclip import load_clip
 

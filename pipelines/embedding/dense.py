@@ -1,5 +1,4 @@
-"""CLIP embeddings of boxes from one pass over the whole picture: the dense instance teacher. Knows tensors, not files
-or caches.
+"""CLIP embeddings of boxes from one pass over the whole picture: the dense instance teacher.
 
 A crop teacher runs CLIP once a box. Here CLIP's feature map is computed once a picture and every box takes its part of
 it by RoIAlign. That is cheaper a box, and not the same: the features of a box have seen what surrounds it, and the
@@ -15,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
@@ -29,11 +29,16 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from hdovd.core.errors import HdovdError
+from hdovd.data.coco import ImageBoxes
+from hdovd.pipelines.embedding.embedders import Batch, Embedder, Pictures
+from hdovd.pipelines.teachers.base import Teacher
+from hdovd.pipelines.teachers.openclip import ClipTeacher
 
 SUPPORTED = (
     "open_clip's ModifiedResNet (RN50 and its family), open_clip's VisionTransformer without attentional pool "
     "(ViT-B-32 and its family), timm's VisionTransformer and Eva with plain patches (SigLIP, EVA02, PE)"
 )
+DEFAULT_SIDES = 3  # of the crop input: 672 pixels where that has 224
 BOXES_AT_A_TIME = 64  # always so many: bounds memory, and what a box gives does not depend on how many there are
 
 
@@ -46,7 +51,13 @@ class DenseClip:
 
     def __init__(self, visual: nn.Module, side: int) -> None:
         """Raises HdovdError if the tower has no map that boxes could be taken from, or none at this side."""
-        self._tower, self._side = _tower(visual, side), side
+        cell = _cell(visual)
+        if side < cell or side % cell:
+            raise HdovdError(
+                f"side {side}: the feature map of this CLIP has cells of {cell} pixels, so the side is a multiple of "
+                f"that, such as {near_side(visual, side)}"
+            )
+        self._tower, self._side = _tower(visual, side, side // cell), side
         self._device = next(visual.parameters()).device
 
     @property
@@ -98,40 +109,25 @@ def _cell(visual: nn.Module) -> int:
     return int(height)
 
 
-def _cells(visual: nn.Module, side: int) -> int:
-    """Cells a side of the map of S x S pixels. Raises HdovdError if they are not whole."""
-    cell = _cell(visual)
-    if side < cell or side % cell:
-        raise HdovdError(
-            f"side {side}: the feature map of this CLIP has cells of {cell} pixels, so the side is a multiple of that, "
-            f"such as {near_side(visual, side)}"
-        )
-    return side // cell
-
-
 def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:
     """Boxes (n, 4), xyxy in pixels of a picture of `width` x `height`, in pixels of its squashed S x S form."""
     return boxes * boxes.new_tensor([side / width, side / height] * 2)
 
 
-def _tower(visual: nn.Module, side: int) -> "_ResNet | _OpenClipVit | _TimmVit":
+def _tower(visual: nn.Module, side: int, cells: int) -> "_ResNet | _OpenClipVit | _TimmVit":
     """The two halves of a visual tower: `map` (b, 3, S, S) -> (b, C, h, w), `pool` (n, C, k, k) -> (n, D).
-    `samples`: a side of a bin; -1: one a cell.
+    `samples`: a side of a bin; -1: one a cell. cells: a side of the map.
     """
     if isinstance(visual, ModifiedResNet):
-        return _ResNet(visual, side)
+        return _ResNet(visual)
     if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type in ("tok", "avg"):
-        return _OpenClipVit(visual, side)
+        return _OpenClipVit(visual, cells)
     if isinstance(visual, TimmModel) and isinstance(visual.trunk, TimmVisionTransformer | Eva) and _is_plain(visual):
-        return _TimmVit(visual, side)
-    name = type(visual).__name__ + (" with attentional pool" if isinstance(visual, VisionTransformer) else "")
-    if isinstance(visual, TimmModel):
-        trunk = visual.trunk
-        name = f"timm {type(trunk).__name__}"
-        if isinstance(trunk, TimmVisionTransformer | Eva):
-            name += f" with {type(trunk.patch_embed).__name__} and pool {trunk.global_pool!r}"
+        return _TimmVit(visual, side, cells)
+    trunk = visual.trunk if isinstance(visual, TimmModel) else visual
     raise HdovdError(
-        f"no dense features of this CLIP: its visual tower, a {name}, is not among those supported: {SUPPORTED}. "
+        f"no dense features of this CLIP: its visual tower, a {type(trunk).__name__} by {type(trunk).__module__}, "
+        f"is not among those supported: {SUPPORTED}. "
         "Take crops instead"
     )
 
@@ -147,8 +143,7 @@ class _ResNet:
 
     samples = 1
 
-    def __init__(self, visual: ModifiedResNet, side: int) -> None:
-        _cells(visual, side)  # which must be whole
+    def __init__(self, visual: ModifiedResNet) -> None:
         self._visual = visual
         self.bins = 2 * math.isqrt(len(visual.attnpool.positional_embedding) - 1)  # layer 4 halves it
         self.identity: dict[str, Any] = {"features": "layer 3, then layer 4 and attention pool a box"}
@@ -173,8 +168,7 @@ class _OpenClipVit:
     bins = 1
     samples = -1
 
-    def __init__(self, visual: VisionTransformer, side: int) -> None:
-        cells = _cells(visual, side)
+    def __init__(self, visual: VisionTransformer, cells: int) -> None:
         self._visual = _sharing_weights(visual)
         self._visual.positional_embedding = _resized(visual.positional_embedding, visual.grid_size, cells)
         by_class_token = visual.pool_type == "tok"
@@ -200,9 +194,8 @@ class _TimmVit:
     was trained with.
     """
 
-    def __init__(self, visual: TimmModel, side: int) -> None:
+    def __init__(self, visual: TimmModel, side: int, cells: int) -> None:
         trunk = visual.trunk
-        cells = _cells(visual, side)
         self._visual = _sharing_weights(visual)
         own = self._visual.trunk
         own.set_input_size(img_size=(side, side))  # rotary position embeddings too
@@ -299,3 +292,51 @@ def _rois(boxes: Sequence[Tensor], side: int) -> Tensor:
         high = torch.maximum(some[:, 2:].clamp(max=side), low + 1)
         rows.append(torch.cat([torch.full_like(low[:, :1], number), low, high], dim=1))
     return torch.cat(rows)
+
+
+class DenseBoxes(Embedder):
+    """A row a box: its part of the feature map of the picture, squashed to `side` x `side` pixels:
+    `hdovd extract-clip --instance-teacher dense`.
+
+    A batch has as many pictures as have the pixels of a batch of crops, one at the least, and all of their boxes.
+    """
+
+    teacher: ClipTeacher
+
+    def __init__(self, teacher: Teacher, pictures: Pictures, side: int | None = None) -> None:
+        """`side`: None for about DEFAULT_SIDES times that of the crop input. Raises HdovdError for a model that is no
+        CLIP of open_clip's, or has no dense features.
+        """
+        if not isinstance(teacher, ClipTeacher):
+            raise HdovdError(f"--instance-teacher dense needs a CLIP of open_clip's, not a {type(teacher).__name__}")
+        super().__init__(teacher, pictures)
+        self._side = side or near_side(teacher.model.visual, DEFAULT_SIDES * max(teacher.input_size))
+        self._clip = DenseClip(teacher.model.visual, self._side)
+        self._transform = teacher.transform.squashed(self._side)
+        self.fit, self.input_size = self._transform.fit, self._transform.size
+
+    def inputs(self) -> dict[str, Any]:
+        return {"preprocessing": self._transform.inputs(), "dense": self._clip.identity}
+
+    def groups(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
+        starts = np.flatnonzero(np.diff(self.images_of(rows), prepend=-1))
+        return np.split(rows, starts[:: self.places(size)][1:]) if len(rows) else []
+
+    def places(self, size: int) -> int:
+        height, width = self.teacher.input_size
+        return max(1, round(size * height * width / self._side**2))
+
+    @torch.inference_mode()
+    def encode(self, batch: Batch) -> np.ndarray:
+        pixels, boxes = self._transform.normalise(batch.pixels.to(self.teacher.device, non_blocking=True)), batch.boxes
+
+        def some(start: int, stop: int) -> np.ndarray:
+            mine = [torch.from_numpy(box) for box in boxes[start:stop]]
+            with self.teacher.autocast():
+                return np.asarray(self._clip.embed_boxes(pixels[start:stop], mine).cpu())
+
+        return self.teacher.in_memory(some, 0, len(pixels))
+
+    def cuts(self, image: ImageBoxes, rows: np.ndarray) -> dict[str, np.ndarray]:
+        boxes = torch.from_numpy(self.pictures.box[rows].astype(np.float32))
+        return {"boxes": scale_boxes(boxes, image.width, image.height, self._side).numpy()}

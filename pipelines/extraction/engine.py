@@ -43,8 +43,7 @@ from hdovd.core.errors import HdovdError, counted
 from hdovd.data.coco import Split
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import shown, workers_for
-from hdovd.pipelines.embedding.embedders import Crops, Cutter, Embedder
-from hdovd.pipelines.embedding.feed import PartRows, Wanted, embed, own_threads
+from hdovd.pipelines.embedding.embedders import Crops, Cutter, Embedder, PartRows, Wanted, embed, own_threads
 from hdovd.pipelines.extraction.config import TEMPERATURE, ExtractConfig, LabelRule, Share
 from hdovd.pipelines.extraction.identities import BoxTable, PictureHashes, files_of, match_rows
 from hdovd.pipelines.extraction.pseudo_labels import Verdicts, barred_in, label_rows

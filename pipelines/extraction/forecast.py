@@ -27,8 +27,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, size
 from hdovd.pipelines.common.device import workers_for
-from hdovd.pipelines.embedding.embedders import Cutter
-from hdovd.pipelines.embedding.feed import GPU_THREADS, in_order, own_threads
+from hdovd.pipelines.embedding.embedders import GPU_THREADS, Cutter, in_order, own_threads
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.engine import Extraction
 from hdovd.pipelines.extraction.extract_clip import prepare

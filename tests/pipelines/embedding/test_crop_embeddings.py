@@ -14,8 +14,7 @@ from PIL import Image
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.embedding.embedders import Crops, Pictures, mean_of
-from hdovd.pipelines.embedding.feed import PartRows, embed
+from hdovd.pipelines.embedding.embedders import Crops, PartRows, Pictures, embed, mean_of
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 WIDTH, HEIGHT, BATCH = 320, 240, 48

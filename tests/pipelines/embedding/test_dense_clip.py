@@ -16,8 +16,8 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.teachers import dense as dense_clip
-from hdovd.pipelines.teachers.dense import DenseClip, near_side, scale_boxes
+from hdovd.pipelines.embedding import dense as dense_clip
+from hdovd.pipelines.embedding.dense import DenseClip, near_side, scale_boxes
 from hdovd.pipelines.teachers.openclip import load_clip
 
 DIM = 24
@@ -290,10 +290,10 @@ def test_identity_is_plain_and_tells_sides_and_towers_apart() -> None:
 @pytest.mark.parametrize(
     ("build", "named"),
     [
-        (lambda: TimmModel("test_resnet", DIM, pool="avg", proj="linear"), "timm ResNet"),
-        (lambda: _vit(attentional_pool=True, attn_pooler_heads=2), "VisionTransformer with attentional pool"),
-        (lambda: _timm("test_vit", "avgmax", "linear"), "timm VisionTransformer with PatchEmbed and pool 'avgmax'"),
-        (lambda: nn.Linear(3, 3), "Linear"),
+        (lambda: TimmModel("test_resnet", DIM, pool="avg", proj="linear"), "ResNet by timm.models.resnet"),
+        (lambda: _vit(attentional_pool=True, attn_pooler_heads=2), "VisionTransformer by open_clip.transformer"),
+        (lambda: _timm("test_vit", "avgmax", "linear"), "VisionTransformer by timm.models.vision_transformer"),
+        (lambda: nn.Linear(3, 3), "Linear by torch.nn.modules.linear"),
     ],
     ids=["timm ResNet", "CoCa", "unknown pool", "no tower"],
 )

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.common.device import workers_for
-from hdovd.pipelines.embedding.embedders import Batch, CropJob
-from hdovd.pipelines.embedding.feed import Wanted, embed, in_order, own_threads
+from hdovd.pipelines.embedding.embedders import Batch, CropJob, Wanted, embed, in_order, own_threads
 
 
 def test_answers_come_in_order_whatever_takes_how_long() -> None:
@@ -130,7 +130,10 @@ def _embed(tmp_path: Path, fit: Callable[[Tensor], Tensor], workers: int) -> lis
     jobs = []
     for number in range(5):
         Image.new("RGB", (3, 3), (number, 0, 0)).save(tmp_path / f"{number}.png")
-        jobs.append(CropJob(number, tmp_path / f"{number}.png", 3, 3))
+        image = ImageBoxes(
+            number, f"{number}.png", 3, 3, np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        )
+        jobs.append(CropJob(image, tmp_path / f"{number}.png"))
     way: Any = _Way(fit)
     wanted = [Wanted(Level.IMAGE, [job], 1, np.zeros(1, np.int64), True) for job in jobs]
     return [int(answer.rows[0]) for answer in embed(wanted, {Level.IMAGE: way}, torch.device("cpu"), workers)]
