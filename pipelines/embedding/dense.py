@@ -93,20 +93,17 @@ class DenseClip:
 
 
 def near_side(visual: nn.Module, side: int) -> int:
-    """The side next to `side` of which the tower's map has whole cells. Raises HdovdError as `DenseClip` does."""
+    """The side next to `side` of which the tower's map has whole cells."""
     cell = _cell(visual)
     return max(cell, round(side / cell) * cell)
 
 
 def _cell(visual: nn.Module) -> int:
-    """Input pixels a side of a cell of the tower's map; 1 where there is none. Raises HdovdError if it is no square."""
+    """Input pixels a side of a cell of the tower's map; 1 where there is none."""
     if isinstance(visual, ModifiedResNet):
         return 16  # of layer 3
     patched: Any = getattr(visual.trunk, "patch_embed", None) if isinstance(visual, TimmModel) else visual
-    height, width = to_2tuple(getattr(patched, "patch_size", 1))
-    if height != width:
-        raise HdovdError(f"no dense features of a CLIP whose patches are {height}x{width} pixels: they must be square")
-    return int(height)
+    return int(to_2tuple(getattr(patched, "patch_size", 1))[0])  # they are square
 
 
 def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:
@@ -179,10 +176,8 @@ class _OpenClipVit:
         self.identity = _vit_identity("mean, final norm" if self._norm_last else "final norm, mean", by_class_token)
 
     def map(self, pixels: Tensor) -> Tensor:
-        maps = self._visual.forward_intermediates(
-            pixels, indices=1, intermediates_only=True, normalize_intermediates=not self._norm_last
-        )
-        return cast(Tensor, maps["image_intermediates"][0])
+        options = {"intermediates_only": True, "normalize_intermediates": not self._norm_last}
+        return cast(Tensor, self._visual.forward_intermediates(pixels, indices=1, **options)["image_intermediates"][0])
 
     def pool(self, bins: Tensor) -> Tensor:
         mean = bins.flatten(1)
@@ -213,8 +208,8 @@ class _TimmVit:
         )
 
     def map(self, pixels: Tensor) -> Tensor:
-        maps = self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)
-        return cast(Tensor, maps[0])
+        trunk = self._visual.trunk
+        return cast(Tensor, trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[0])
 
     def pool(self, bins: Tensor) -> Tensor:
         trunk, tokens = self._visual.trunk, bins.flatten(2).transpose(1, 2)
@@ -235,8 +230,7 @@ class _OwnValue(nn.Module):
 
     def forward(self, x: Tensor, *others: Tensor, **options: Any) -> Any:
         """x (b, tokens, C); `others` and `options` as the attention takes them."""
-        tokens = x.shape[1]
-        mask = x.new_full((tokens, tokens), -torch.inf).fill_diagonal_(0)
+        mask = x.new_full((x.shape[1], x.shape[1]), -torch.inf).fill_diagonal_(0)
         return self.attention(x, *others, **{**options, "attn_mask": mask})
 
 

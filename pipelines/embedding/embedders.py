@@ -11,8 +11,6 @@ Rows are counted from the level's first. open_clip is imported for dense boxes a
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from hdovd.cache.picture_files import PictureFile
 from hdovd.cache.schema import Level
@@ -39,7 +36,6 @@ from hdovd.pipelines.common.images import read_annotated
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, DenseRecipe
 from hdovd.pipelines.teachers.base import Teacher
 
-SHARED_MEMORY = "/dev/shm"
 GPU_THREADS = 2  # one batch on its way to the GPU and back while another is computed
 PICTURES_KEPT = 4  # and one a thread: the boxes of a picture may go on in the next batch, which another thread is at
 A = TypeVar("A")
@@ -290,15 +286,9 @@ class Wanted:
     last: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """Embeddings (m, D) float32 of a batch's rows and what filled it up; by image id why a picture could not be read,
-    and the file of one that could.
-    """
-
-    rows: np.ndarray
-    problems: dict[int, str]
-    files: dict[int, PictureFile]
+# Embeddings (m, D) float32 of a batch's rows and what filled it up; by image id why a picture could not be read, and
+# the file of one that could.
+Embedded = tuple[np.ndarray, dict[int, str], dict[int, PictureFile]]
 
 
 @dataclass(slots=True)
@@ -324,10 +314,11 @@ class PartRows:
 
     def take(self, batch: Wanted, answer: Embedded) -> None:
         """Enter the embeddings of a batch."""
-        blank = np.repeat([job.image.id in answer.problems for job in batch.jobs], [job.rows for job in batch.jobs])
-        self.embedding[batch.rows - self.start] = np.where(blank[:, None], 0, answer.rows[: len(batch.rows)])
-        self.failed |= answer.problems
-        self.files |= answer.files
+        rows, problems, files = answer
+        blank = np.repeat([job.image.id in problems for job in batch.jobs], [job.rows for job in batch.jobs])
+        self.embedding[batch.rows - self.start] = np.where(blank[:, None], 0, rows[: len(batch.rows)])
+        self.failed |= problems
+        self.files |= files
 
 
 def embed(
@@ -341,9 +332,9 @@ def embed(
     wanted = chain([first], wanted)
 
     def answer(level: Level, batch: Batch) -> Embedded:
-        return Embedded(embedders[level].encode(batch), batch.problems, batch.files)
+        return embedders[level].encode(batch), batch.problems, batch.files
 
-    on_gpu, workers = device.type == "cuda", _that_fit(workers, first, embedders[first.level].input_size)
+    on_gpu = device.type == "cuda"
     threads = GPU_THREADS if on_gpu and workers else torch.get_num_threads()
     picture = read_picture if workers else lru_cache(threads + PICTURES_KEPT)(read_picture)
     batches = _Batches({level: Cutter(e.fit, e.input_size, picture) for level, e in embedders.items()})
@@ -355,22 +346,6 @@ def embed(
             yield from in_order(pool, lambda w: answer(*batches[w]), wanted, 2 * threads)
 
 
-def _that_fit(workers: int, wanted: Wanted, input_size: tuple[int, int]) -> int:
-    """As many workers as shared memory has room for, two batches each: containers often have little of it."""
-    batch = wanted.size * 3 * input_size[0] * input_size[1]
-    try:
-        fit = shutil.disk_usage(SHARED_MEMORY).free // (2 * batch)
-    except OSError:
-        return workers
-    if fit < workers:
-        tqdm.write(
-            f"--workers {workers}: {SHARED_MEMORY} has room for the batches of {fit} (docker run --shm-size 16g gives "
-            f"it more)",
-            file=sys.stderr,
-        )
-    return min(fit, workers)
-
-
 def _made(loader: Iterable[A]) -> Iterator[A]:
     """What workers make. Raises HdovdError if one of them dies."""
     try:
@@ -379,8 +354,8 @@ def _made(loader: Iterable[A]) -> Iterator[A]:
         if "DataLoader worker" not in str(error):
             raise
         raise HdovdError(
-            f"{str(error).splitlines()[0].rstrip('. ')}. Out of memory? Fewer --workers or a smaller --batch need "
-            f"less. What is finished is kept: the same command goes on"
+            f"{str(error).splitlines()[0].rstrip('. ')}. Out of memory, or of shared memory (docker run --shm-size "
+            f"16g)? Fewer --workers or a smaller --batch need less. What is finished is kept: the same command goes on"
         ) from error
 
 

@@ -28,10 +28,9 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, size
 from hdovd.pipelines.common.device import workers_for
 from hdovd.pipelines.embedding.embedders import GPU_THREADS, Cutter, in_order, own_threads
-from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig, ForecastConfig
 from hdovd.pipelines.extraction.engine import Extraction
 from hdovd.pipelines.extraction.extract_clip import prepare
-from hdovd.pipelines.extraction.forecast_config import ForecastConfig
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 
@@ -68,11 +67,12 @@ def make_world(
             for box, score in zip(found.round(2).tolist(), rng.uniform(0, 1, count).round(4).tolist(), strict=True):
                 yield {"image_id": image, "bbox": box, "score": score}
 
-    names = load_protocol("ov-coco").names
     _write(
         folder / "annotations.json",
         {
-            "categories": ({"id": number, "name": name} for number, name in enumerate(names, 1)),
+            "categories": (
+                {"id": number, "name": name} for number, name in enumerate(load_protocol("ov-coco").names, 1)
+            ),
             "images": (
                 {"id": k, "file_name": f"{k % pictures}.{file_type}", "width": width, "height": height}
                 for k in range(images)
@@ -161,9 +161,9 @@ def forecast(config: ForecastConfig, folder: Path) -> dict[str, Any]:
     model_only, end_to_end = (median(values) for values in zip(*rounds, strict=True))
     at_scale = 1 / (1 / model_only + max(0.0, 1 / end_to_end - 1 / model_only) * crops / real)
     cores = torch.get_num_threads()
-    stages = _preparation(_begun(config, clip, folder, "preparation"), workers or cores)
-    stages["writing"] = _writing(folder, clip.dim)
-    rates = {"the model": model_only, "preparation": stages["both: preparation"], "writing": stages["writing"]}
+    preparation = _preparation(_begun(config, clip, folder, "preparation"), workers or cores)
+    stages = {"preparation": preparation, "writing": _writing(folder, clip.dim)}
+    rates = {"the model": model_only} | stages
     of_images, of_boxes = config.data_set
     in_boxes = sum(np.dtype(TABLE_ARRAYS[Level.BOXES][name]).itemsize for name in ("source", "score", "annotation_id"))
     return {
@@ -223,22 +223,16 @@ def _model_only(clip: ClipTeacher, pixels: torch.Tensor, batches: int) -> float:
         return batches * len(pixels) / _seconds(lambda: list(run))
 
 
-def _preparation(extraction: Extraction, processes: int) -> dict[str, float]:
-    """Crops a second that so many processes read, and cut and resize, from what one core takes for some boxes; the best
-    of three.
+def _preparation(extraction: Extraction, processes: int) -> float:
+    """Crops a second that so many processes read, cut and resize, from what one core takes for some boxes; the best of
+    three.
     """
     embedder, offset = extraction.embedders[Level.INSTANCE], extraction.table.offset
     jobs = embedder.jobs(np.arange(offset[np.searchsorted(offset, min(STAGE_BOXES, offset[-1]))]))
     cutter, crops = Cutter(embedder.fit, embedder.input_size), sum(job.count for job in jobs)
-    pictures = [cutter.read(job) for job in jobs]
-
-    def rate(work: Callable[[], object]) -> float:
-        with own_threads(1) as pool:
-            return processes * crops / min(pool.submit(_seconds, work, time.thread_time).result() for _ in range(3))
-
-    decode = rate(lambda: [cutter.read(job) for job in jobs])
-    cut = rate(lambda: [list(cutter.crops(read.pixels, job)) for read, job in zip(pictures, jobs, strict=True)])
-    return {"decoding": decode, "crop and resize": cut, "both: preparation": 1 / (1 / decode + 1 / cut)}
+    prepare = partial(cutter.batch, jobs, crops)
+    with own_threads(1) as pool:
+        return processes * crops / min(pool.submit(_seconds, prepare, time.thread_time).result() for _ in range(3))
 
 
 def _writing(folder: Path, dim: int) -> float:

@@ -100,35 +100,18 @@ def box_table(
 
 def match_rows(wanted: Sequence[np.ndarray], have: Sequence[np.ndarray]) -> np.ndarray:
     """For every row of the columns `wanted` the row of the columns `have` with the same bytes, or -1: (rows,) int64."""
+    if not len(wanted[0]) or not len(have[0]):
+        return np.full(len(wanted[0]), -1, np.int64)
     a, b = _row_bytes(wanted), _row_bytes(have)
-    if not len(a) or not len(b):
-        return np.full(len(a), -1, np.int64)
-    codes_a, codes_b = _mixed(a), _mixed(b)
-    order = np.argsort(codes_b, kind="stable")
-    at = np.minimum(np.searchsorted(codes_b[order], codes_a), len(b) - 1)
-    found = order[at]
-    same: np.ndarray = (a == b[found]).all(axis=1)  # whatever the codes say
-    return np.where(same, found, -1)
+    order = np.argsort(b, kind="stable")
+    found = order[np.minimum(np.searchsorted(b[order], a), len(b) - 1)]
+    return np.where(b[found] == a, found, -1)
 
 
 def _row_bytes(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Columns (n, ...) of 4 or 8 bytes a value as (n, w) uint32."""
-    return np.concatenate(
-        [
-            np.ascontiguousarray(c).view(np.uint32).reshape(len(c), -1) if len(c) else np.zeros((0, 1), np.uint32)
-            for c in columns
-        ],
-        axis=1,
-    )
-
-
-def _mixed(rows: np.ndarray) -> np.ndarray:
-    """A 64-bit code a row."""
-    code = np.zeros(len(rows), np.uint64)
-    for column in rows.T:
-        code = (code ^ column) * np.uint64(0x9E3779B97F4A7C15)
-        code ^= code >> np.uint64(29)
-    return code
+    """Columns (n, ...) of 4 or 8 bytes a value as (n,) bytes."""
+    rows = np.concatenate([np.ascontiguousarray(c).view(np.uint32).reshape(len(c), -1) for c in columns], axis=1)
+    return rows.view(f"V{4 * rows.shape[1]}")[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +146,7 @@ def image_hash(image: ImageBoxes, content: bytes = b"") -> int:
 
 def picture_hashes(split: Split, products: Iterable[Product]) -> PictureHashes:
     """What stands for the pictures of a split, by what `products` know of them."""
-    with_pictures = [product for product in products if product.level in (Level.IMAGE, Level.INSTANCE)]
+    with_pictures = (product for product in products if product.level in (Level.IMAGE, Level.INSTANCE))
     known = np.concatenate([np.zeros(0, FILE), *map(known_files, with_pictures)])
     known = known[np.argsort(known["image_id"], kind="stable")]
     files = np.zeros(len(split.images), FILE)
@@ -276,8 +259,7 @@ def level_inputs(
     the identity of labels says of them.
     """
     schema: KeyInputs = {"schema_version": SCHEMA_VERSION}
-    given = table.inputs()
-    exif = str(embedders[Level.IMAGE].pictures.exif)
+    given, exif = table.inputs(), str(embedders[Level.IMAGE].pictures.exif)
     pictures = {**schema, "clip": clip.identity, "images": given["images"], "exif": exif}
     inputs: dict[Level, KeyInputs] = {
         Level.BOXES: {**schema, **given},

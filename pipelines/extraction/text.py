@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hdovd.cache.catalog import FeatureSet
@@ -25,11 +23,9 @@ from hdovd.core.errors import HdovdError, Unfit, require_readable, shorten
 from hdovd.core.log import log
 from hdovd.core.text_files import checked_name, read_toml, shown
 from hdovd.modeling.base import Detector
-from hdovd.pipelines.common.tensors import floats, load_pth
+from hdovd.pipelines.common.tensors import floats, load_pth, load_tensors
 from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.prompts import Name, said
-
-NORM_TOLERANCE = 1e-3  # of float16 rows that were normalised before they were rounded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,19 +55,13 @@ class TextRows:
                 "names": list(self.names),
                 "class_embeddings": hash_tables([self.embeddings]),
             }
-        texts: KeyInputs = {
+        return {
             "clip": clip.identity,
             "templates": list(templates),
             "names": list(self.names),
             "tokens": clip.hash_prompts(self.texts, templates),
+            **({"synonyms": {name: list(names) for name, names in self.synonyms.items()}} if self.synonyms else {}),
         }
-        return texts | (
-            {"synonyms": {name: list(names) for name, names in self.synonyms.items()}} if self.synonyms else {}
-        )
-
-    def notes(self, clip: Teacher, templates: Sequence[str]) -> list[str]:
-        """What the text tower makes of the names, where it is not what they say."""
-        return clip.prompt_notes(self.texts, templates) if self.embeddings is None else []
 
     def embed(self, clip: Teacher, templates: Sequence[str], start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of K: (n, D) float32, L2-normalised."""
@@ -115,16 +105,14 @@ def read_class_embeddings(
     """(K, D) float32, the rows of a .npy, .safetensors, .pt or .pth file in the order of `names`, as they are. `each`:
     what has a row.
 
-    Says it if they are not normalised. Raises HdovdError if they do not fit, or cannot be normalised.
+    Raises HdovdError if they do not fit, or cannot be normalised.
     """
     where = f"--class-embeddings {file}"
-    if not file.is_file():
-        raise HdovdError(f"{where}: no such file")
-    require_readable(file)
     try:
+        require_readable(file)
         rows = read_rows(file)
-    except Unfit as unfit:
-        raise HdovdError(f"--class-embeddings: {unfit}") from unfit
+    except HdovdError as error:
+        raise HdovdError(f"--class-embeddings: {error}") from error
     if rows.ndim != 2 or len(rows) != len(names) or not rows.shape[1]:
         raise HdovdError(
             f"{where} has shape {rows.shape}, expected ({len(names)}, D): a row for each {each}, "
@@ -136,11 +124,6 @@ def read_class_embeddings(
             f"{where}: {len(bad)} of {len(rows)} rows cannot be normalised, they are zero or not finite: "
             + shorten([f"{row} ({names[row]})" for row in bad])
         )
-    if off := int((np.abs(norms - 1) > NORM_TOLERANCE).sum()):
-        log(
-            f"note: {off} of {len(rows)} rows of {file} are not of norm 1 ({norms.min():.4g} to {norms.max():.4g}): "
-            f"they are normalised"
-        )
     return rows
 
 
@@ -150,18 +133,12 @@ def read_rows(file: Path) -> np.ndarray:
         try:
             array = np.load(
                 file, mmap_mode="r", allow_pickle=False
-            )  # mapped: a shape that the file is too short for is an error
-        except (ValueError, OSError, EOFError) as error:
+            )  # mapped: a file too short for its shape is an error
+            found: Any = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+        except (ValueError, OSError, EOFError, TypeError) as error:
             raise Unfit(f"{file} is no .npy file of numbers, or damaged ({error})") from error
-        if array.dtype.kind != "f":
-            raise Unfit(f"{file} holds {array.dtype}, expected floating-point numbers")
-        with np.errstate(over="ignore"):  # infinite then, and refused
-            return np.array(array, np.float32)
-    if file.suffix == ".safetensors":
-        try:
-            found: Any = load_file(file)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise Unfit(f"{file} is no .safetensors file, or damaged ({error})") from error
+    elif file.suffix == ".safetensors":
+        found = load_tensors(file)
     elif file.suffix in (".pt", ".pth"):
         found = load_pth(file)
     else:
@@ -190,29 +167,25 @@ def object_text_entry(clip: Teacher, templates: Sequence[str], sets: Iterable[Fe
     rows = TextRows((WORD,))
     key = key_of(rows.inputs(clip, templates))
     for features in sets:
-        if features.object_text.get("key") == key and _row_of(features, clip.dim) is not None:
+        if features.object_text.get("key") == key:
             return dict(features.object_text)
     return {"key": key, "embedding": rows.embed(clip, templates, 0, 1)[0].astype(np.float16).tolist()}
 
 
-def _row_of(features: FeatureSet, dim: int) -> Tensor | None:
-    """(D,) float32 as a set holds it; None if that is no embedding."""
+def object_text_of(features: FeatureSet, dim: int, where: str) -> Tensor | None:
+    """(D,) float32, normalised; None if the set has none. Raises HdovdError, naming `where`, if it is damaged."""
+    if not features.object_text:
+        return None
     try:
         row = torch.tensor(features.object_text["embedding"], dtype=torch.float32)
     except (KeyError, TypeError, ValueError):
-        return None
-    return row if row.shape == (dim,) and row.isfinite().all() and row.any() else None
-
-
-def object_text_of(features: FeatureSet, dim: int, where: str) -> Tensor | None:
-    """(D,) float32, normalised; None if the set has none. Raises HdovdError, naming `where`, if it is damaged."""
-    row = _row_of(features, dim)
-    if row is None and features.object_text:
+        row = torch.zeros(0)
+    if row.shape != (dim,) or not row.isfinite().all() or not row.any():
         raise HdovdError(
             f'{where}: the text embedding of "{WORD}" is damaged (expected {dim} finite values): delete object_text from '  # noqa: E501
             f"the set's file and run its extract-clip again"
         )
-    return None if row is None else F.normalize(row, dim=0)
+    return F.normalize(row, dim=0)
 
 
 def give_object_text(model: Detector, row: Tensor | None, where: str) -> dict[str, str]:

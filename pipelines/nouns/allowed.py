@@ -53,15 +53,7 @@ def singular(word: str) -> str:
     """The singular of a noun in lower case. Other words, and nouns that have none (scissors, glasses), stay as they
     are.
     """
-    known = _corrections().get(word)
-    return _reduced(word) if known is None else known
-
-
-def has_no_singular(word: str) -> bool:
-    """Whether this is a noun that ends in s and stays as it is, such as scissors: what it would be in the singular
-    means something else.
-    """
-    return _corrections().get(word) == word
+    return _corrections().get(word) or _reduced(word)
 
 
 def _reduced(word: str) -> str:
@@ -145,7 +137,7 @@ class NameMatcher:
         row = self._exact.get("".join(words))
         if row is None:
             row = self._singular.get("".join(singulars))
-        if row is None and has_no_singular(words[-1]):  # glasses and skis: what each of them is
+        if row is None and _corrections().get(words[-1]) == words[-1]:  # glasses and skis: what each of them is
             row = self._singular.get("".join((*singulars[:-1], _reduced(words[-1]))))
         if row is not None and len(words) > self._sizes[row] and min(map(len, words)) < MIN_JOINED:
             return None
@@ -244,6 +236,14 @@ class Nouns:
     vocabulary: tuple[str, ...]
     by_image: dict[int, tuple[int, ...]] | None
 
+    @classmethod
+    def of(cls, vocabulary: tuple[str, ...], names: Mapping[int, Iterable[str]]) -> "Nouns":
+        """By the names that each image offers."""
+        row_of = {name: row for row, name in enumerate(vocabulary)}
+        return cls(
+            vocabulary, {image_id: tuple(sorted(map(row_of.__getitem__, own))) for image_id, own in names.items()}
+        )
+
     def offered(self, image_id: int) -> tuple[int, ...]:
         if self.by_image is None:
             return tuple(range(len(self.vocabulary)))
@@ -261,15 +261,14 @@ def offered_nouns(nouns: Path | None, vocabulary: Path | None, captions: Path | 
     names = read_vocabulary(vocabulary)
     if captions is None:
         return Nouns(names, None)
-    row_of = {name: row for row, name in enumerate(names)}
-    found: dict[int, set[int]] = {}
+    found = dict[int, set[str]]()
     for one in MatchFinder(names, StopList())(read_captions(captions, set())):
-        found.setdefault(one.image_id, set()).update(row_of[name] for name in one.nouns)
+        found.setdefault(one.image_id, set()).update(one.nouns)
     if not any(found.values()):
         raise HdovdError(
             f"no caption of {captions} holds a word of {vocabulary} ({len(names)} names): are they of one language?"
         )
-    return Nouns(names, {image_id: tuple(sorted(rows)) for image_id, rows in found.items()})
+    return Nouns.of(names, found)
 
 
 def meaning(name: str) -> str:
@@ -299,10 +298,8 @@ def write_noun_file(path: Path, nouns: Nouns, made_by: Mapping[str, Any], unmatc
         "unmatched": unmatched,
     }
     lines = [f'"{image_id}": {json.dumps(rows)}' for image_id, rows in sorted((nouns.by_image or {}).items())]
-    text = (
-        json.dumps(head)[:-1] + ',\n"images": {\n' + ",\n".join(lines) + "\n}}\n"
-    )  # one image a line: for people, and for diff
-    write_text(path, text)
+    # one image a line: for people, and for diff
+    write_text(path, json.dumps(head)[:-1] + ',\n"images": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
 def read_noun_file(path: Path) -> Nouns:

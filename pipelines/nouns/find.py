@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,8 +77,8 @@ def find_nouns(job: NounsConfig) -> NounsReport:
             f"vocabulary has its way, --stop-list takes them out"
         )
     images = set[int]()
-    found = finder(read_captions(job.captions, images))
-    report = _collect(progress(found, "nouns", "caption"), images, finder.vocabulary)
+    found = progress(finder(read_captions(job.captions, images)), "nouns", "caption")
+    report = _collect(found, images, finder.vocabulary)
     if not any(report.images_of.values()):
         raise HdovdError(
             f"{job.captions}: {report.captions} captions, and none holds a noun"
@@ -140,11 +141,8 @@ def _collect(found: Iterable[Found], images: set[int], vocabulary: tuple[str, ..
         lacking.update(set(one.unmatched))
     names = {image_id: names.get(image_id, set()) for image_id in sorted(images)}
     known = tuple(sorted(set().union(*names.values()))) if vocabulary is None else vocabulary
-    row_of = {name: row for row, name in enumerate(known)}
-    by_image = {image_id: tuple(sorted(row_of[name] for name in own)) for image_id, own in names.items()}
-    images_of = Counter(known[row] for own in by_image.values() for row in own)
-    without = sum(not own for own in by_image.values())
-    return NounsReport(Nouns(known, by_image), count, images_of, lacking, images_without=without)
+    images_of, without = Counter(chain.from_iterable(names.values())), sum(not own for own in names.values())
+    return NounsReport(Nouns.of(known, names), count, images_of, lacking, images_without=without)
 
 
 def _images_with(novel: str, report: NounsReport) -> int:
@@ -155,11 +153,10 @@ def _images_with(novel: str, report: NounsReport) -> int:
 
 def report_lines(job: NounsConfig, report: NounsReport, novel: int) -> list[str]:
     images = len(report.nouns.by_image or ())
-    each = sum(report.images_of.values()) / images
     lines = [
-        f"{job.out}: {report.captions:,d} captions of {images:,d} images; {each:.2f} nouns an image, "
-        f"{report.images_without:,d} images without one; {len(report.images_of):,d} of "
-        f"{len(report.nouns.vocabulary):,d} names occur",
+        f"{job.out}: {report.captions:,d} captions of {images:,d} images; "
+        f"{sum(report.images_of.values()) / images:.2f} nouns an image, {report.images_without:,d} images without one; "
+        f"{len(report.images_of):,d} of {len(report.nouns.vocabulary):,d} names occur",
         "in most images: " + _listed(_most(report.images_of, SHOWN)),
     ]
     if report.unmatched:
@@ -252,8 +249,7 @@ class ParsingFinder:
 
     def nouns(self, doc: Doc, image_id: int) -> Found:
         """The nouns of one caption."""
-        parsed = doc.has_annotation("DEP")
-        words = [word for token in doc for word in _words(token, parsed)]
+        words = [word for token in doc for word in _words(token, doc.has_annotation("DEP"))]
         texts = [word.text for word in words]
         matches = [
             m

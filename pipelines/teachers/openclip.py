@@ -10,7 +10,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -143,25 +142,13 @@ class ClipTeacher:
         return hash_tables(self.tokenizer(texts).numpy() for _, texts in _prompt_batches(names, templates))
 
     def prompt_notes(self, names: Sequence[Name], templates: Sequence[str]) -> list[str]:
-        length = self.tokenizer([""]).shape[1]
-        cut, told_apart = dict[str, None](), [hashlib.sha256() for _ in names]
-        for rows, texts in _prompt_batches(names, templates):
-            tokens = self.tokenizer(texts)
+        length, cut = self.tokenizer([""]).shape[1], dict[str, None]()
+        for _, texts in _prompt_batches(names, templates):
             room = max(length, *(2 + len(text.encode()) for text in texts))  # a byte a token, one before and one after
-            fits = (self.tokenizer(texts, context_length=room)[:, :length] == tokens).all(dim=1).tolist()
+            fits = (self.tokenizer(texts, context_length=room)[:, :length] == self.tokenizer(texts)).all(dim=1).tolist()
             cut |= {text: None for text, whole in zip(texts, fits, strict=True) if not whole}
-            for row, short in zip(rows, tokens, strict=True):
-                told_apart[row].update(short.numpy().tobytes())
-        alike: dict[bytes, list[str]] = {}
-        for name, digest in zip(names, told_apart, strict=True):
-            alike.setdefault(digest.digest(), []).append(name if isinstance(name, str) else " or ".join(name))
         told = f"{counted(len(cut), 'prompt is', 'prompts are')} longer than the {length} tokens of the text tower"
-        notes = [f"note: {told}, and cut: {shorten([*cut], 4)}"] if cut else []
-        return notes + [
-            f"note: {' and '.join(map(repr, same))} become the same tokens: they have one embedding"
-            for same in alike.values()
-            if len(same) > 1
-        ]
+        return [f"note: {told}, and cut: {shorten([*cut], 4)}"] if cut else []
 
     def peak_memory_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
@@ -269,8 +256,7 @@ def _model_config(model: str, pretrained: str | None, random_weights: bool) -> d
         kind, _, place = model.partition(":")
         read = open_clip.factory._get_hf_config if kind == "hf-hub" else _config_of_folder
         try:
-            tree = read(place)
-            config = dict(tree["model_cfg"])
+            config = dict(read(place)["model_cfg"])
             return config | {tower: dict(config[tower]) for tower in ("vision_cfg", "text_cfg")}
         except HdovdError:
             raise
@@ -288,9 +274,9 @@ def _model_config(model: str, pretrained: str | None, random_weights: bool) -> d
     known = pretrained is not None and (open_clip.get_pretrained_cfg(model, pretrained) or is_file(pretrained))
     if not (known or random_weights):
         wrong = "" if pretrained is None else f", and {pretrained} is neither a file nor a tag of {model}"
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
         raise HdovdError(
-            f"--clip {model} needs --pretrained TAG_OR_FILE, or its weights would be random{wrong}; tags: {tags}"
+            f"--clip {model} needs --pretrained TAG_OR_FILE, or its weights would be random{wrong}; tags: "
+            + (", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known")
         )
     return dict(config)
 
@@ -335,7 +321,8 @@ def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
     """open_clip's tokenizer for the model, which for SigLIP, CLIPA and others is one of Hugging Face's."""
     hugging_face = config["text_cfg"].get("hf_tokenizer_name")
     if hugging_face and random_weights:  # whose texts mean nothing: do without a download
-        return partial(_one_token, length=config["text_cfg"].get("context_length", 77))
+        length = config["text_cfg"].get("context_length", 77)
+        return lambda texts, context_length=length: torch.ones(len(texts), context_length, dtype=torch.long)
     try:
         return open_clip.get_tokenizer(model)
     except ImportError as error:
@@ -347,10 +334,6 @@ def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
         if hugging_face and model.startswith("local-dir:"):  # open_clip looks for it nowhere else
             way = "\nThe folder must hold its files too: tokenizer.json and tokenizer_config.json"
         raise HdovdError(f"the tokenizer of {model} cannot be loaded: {error}{way}") from error
-
-
-def _one_token(texts: Sequence[str], length: int, context_length: int | None = None) -> Tensor:
-    return torch.ones(len(texts), context_length or length, dtype=torch.long)
 
 
 def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str, Any] | None, str]:

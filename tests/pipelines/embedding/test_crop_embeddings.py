@@ -66,7 +66,7 @@ def _ours(
     way = Crops(clip, Pictures([image], lambda _: picture, np.array([0, len(boxes)]), boxes), recipe)
     wanted = [*PartRows(way, 0, np.zeros(0), np.ones(len(boxes), bool)).batches(batch)]
     answers = embed(wanted, {way.level: way}, clip.device, workers)
-    return np.concatenate([answer.rows[: w.jobs[0].rows] for w, answer in zip(wanted, answers, strict=True)])
+    return np.concatenate([answer[0][: w.jobs[0].rows] for w, answer in zip(wanted, answers, strict=True)])
 
 
 def _reference(clip: ClipTeacher, picture: Path, recipe: CropRecipe, boxes: np.ndarray) -> np.ndarray:

@@ -310,11 +310,6 @@ def test_sides_between_cells_are_refused(build: Callable[[], nn.Module], side: i
         DenseClip(build(), side)
 
 
-def test_patches_that_are_not_square_are_refused() -> None:
-    with pytest.raises(HdovdError, match="4x8 pixels"):
-        DenseClip(_vit(patch_size=(4, 8)), 32)
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_the_side_near_another_is_one_that_it_takes(name: str) -> None:
     build, native = ALL[name]
