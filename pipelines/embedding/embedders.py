@@ -121,31 +121,22 @@ class Cutter:
         """The crops of some jobs at their places among `count`; channels last, as pictures come and convolutions are
         fastest.
         """
-        pixels = torch.zeros(count, *self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        batch = Batch(pixels, {}, [np.zeros((0, 4), np.float32)] * count)
+        inputs = torch.zeros(count, *self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        batch = Batch(inputs, {}, [np.zeros((0, 4), np.float32)] * count)
         for job in jobs:
             if job.boxes is not None:
                 batch.boxes[job.place] = job.boxes
             try:
-                picture = self.read(job)
+                picture = self.picture(job.path, job.image.width, job.image.height, job.exif)
             except HdovdError as error:
                 batch.problems[job.image.id] = str(error)
                 continue
             batch.files[job.image.id] = picture.file
-            for place, crop in enumerate(self.crops(picture.pixels, job), job.place):
-                batch.pixels[place] = crop
+            pixels = picture.pixels
+            crops = [pixels] if job.regions is None else (cut(pixels, region) for region in job.regions.tolist())
+            for place, crop in enumerate(crops, job.place):
+                batch.pixels[place] = self.fit(crop)
         return batch
-
-    def read(self, job: CropJob) -> Picture:
-        """Raises HdovdError."""
-        return self.picture(job.path, job.image.width, job.image.height, job.exif)
-
-    def crops(self, picture: Tensor, job: CropJob) -> Iterator[Tensor]:
-        """(3, *size) uint8, one a region."""
-        if job.regions is None:
-            yield self.fit(picture)
-        else:
-            yield from (self.fit(cut(picture, region)) for region in job.regions.tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,9 +46,8 @@ from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import shown, workers_for
 from hdovd.pipelines.embedding.embedders import Cutter, Embedder, PartRows, Wanted, embed, own_threads
 from hdovd.pipelines.extraction.config import TEMPERATURE, ExtractConfig, LabelRule, Share
-from hdovd.pipelines.extraction.identities import BoxTable, PictureHashes, files_of, match_rows
+from hdovd.pipelines.extraction.identities import BoxTable, PictureHashes, TextRows, files_of, match_rows
 from hdovd.pipelines.extraction.pseudo_labels import Verdicts, barred_in, label_rows
-from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.teachers.base import Teacher
 

@@ -37,11 +37,18 @@ from hdovd.pipelines.extraction.config import TEMPERATURE, Executor, ExtractConf
 from hdovd.pipelines.extraction.engine import Extraction, do_share, plan_levels
 from hdovd.pipelines.extraction.executors import do_with_ray, do_with_submitit
 from hdovd.pipelines.extraction.export import export_tars
-from hdovd.pipelines.extraction.identities import box_table, level_inputs, picture_hashes
+from hdovd.pipelines.extraction.identities import (
+    TextRows,
+    box_table,
+    level_inputs,
+    object_text_entry,
+    picture_hashes,
+    read_class_embeddings,
+    read_synonyms,
+)
 from hdovd.pipelines.extraction.label_weights import expectation, label_evidence, on_object
 from hdovd.pipelines.extraction.pseudo_labels import FLOOR, read_verdicts, rule_line, settled
 from hdovd.pipelines.extraction.source import ExportConfig
-from hdovd.pipelines.extraction.text import TextRows, object_text_entry, read_class_embeddings, read_synonyms
 from hdovd.pipelines.nouns.allowed import Nouns, named_novel, offered_nouns
 from hdovd.pipelines.proposal_files.file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.teachers.base import TEACHERS, Teacher

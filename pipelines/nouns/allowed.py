@@ -20,7 +20,6 @@ the captions that the vocabulary lacks, with the number of captions.
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -319,8 +318,6 @@ def read_noun_file(path: Path) -> Nouns:
         )
     for row, name in enumerate(vocabulary):
         checked_name(name, f"{where}: vocabulary must be a list of names: number {row}")
-    if twice := [name for name, count in Counter(vocabulary).items() if count > 1]:
-        raise HdovdError(f"{where}: vocabulary holds {min(twice)!r} twice")
     by_image: dict[int, tuple[int, ...]] = {}
     for image_id, rows in images.items():
         known = isinstance(rows, list) and all(type(row) is int and 0 <= row < len(vocabulary) for row in rows)

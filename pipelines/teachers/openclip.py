@@ -185,7 +185,7 @@ def load_clip(
     choose(precision, target, training=False)  # refused before weights are loaded
     config = _model_config(model, pretrained, random_weights)
     quick_gelu, notes = _activation(model, pretrained, config, activation)
-    tokenizer = _tokenizer(model, config, random_weights)  # first: weights may take minutes
+    tokenizer = _tokenizer(model, config)  # first: weights may take minutes
     of_file, said = _preprocessing_of_file(model, pretrained)
     overrides: dict[str, Any] = {"device": target, "force_preprocess_cfg": of_file}
     if quick_gelu != bool(config.get("quick_gelu", False)):
@@ -317,12 +317,9 @@ def _how_to_fetch(repositories: Sequence[str]) -> str:
     )
 
 
-def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
+def _tokenizer(model: str, config: dict[str, Any]) -> Any:
     """open_clip's tokenizer for the model, which for SigLIP, CLIPA and others is one of Hugging Face's."""
     hugging_face = config["text_cfg"].get("hf_tokenizer_name")
-    if hugging_face and random_weights:  # whose texts mean nothing: do without a download
-        length = config["text_cfg"].get("context_length", 77)
-        return lambda texts, context_length=length: torch.ones(len(texts), context_length, dtype=torch.long)
     try:
         return open_clip.get_tokenizer(model)
     except ImportError as error:

@@ -35,7 +35,7 @@ from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing, Streams, key_of
 from hdovd.pipelines.evaluation.evaluate import Validation
-from hdovd.pipelines.extraction.text import give_object_text
+from hdovd.pipelines.extraction.identities import give_object_text
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
 from hdovd.pipelines.runs.trackers import tracking
 from hdovd.pipelines.training.config import TrainConfig

@@ -42,9 +42,8 @@ from hdovd.pipelines.dataloading.sampler import (
     key_of,
 )
 from hdovd.pipelines.extraction.config import LabelRule
-from hdovd.pipelines.extraction.identities import inputs_of, require_exif
+from hdovd.pipelines.extraction.identities import inputs_of, object_text_of, require_exif
 from hdovd.pipelines.extraction.pseudo_labels import label_texts
-from hdovd.pipelines.extraction.text import object_text_of
 
 Sample = tuple[Tensor, Targets, int]  # picture (3, h, w) uint8 RGB, its targets, its image id
 

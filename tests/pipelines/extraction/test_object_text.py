@@ -23,7 +23,7 @@ from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.text import object_text_of
+from hdovd.pipelines.extraction.identities import object_text_of
 from hdovd.pipelines.teachers.openclip import load_clip
 from hdovd.pipelines.training.train import TrainConfig, train
 

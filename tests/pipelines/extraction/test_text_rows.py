@@ -29,8 +29,8 @@ from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig, LabelChoice, LabelRule, Share, Store
 from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip, prepare
+from hdovd.pipelines.extraction.identities import read_class_embeddings, read_synonyms
 from hdovd.pipelines.extraction.source import laid_over
-from hdovd.pipelines.extraction.text import read_class_embeddings, read_synonyms
 from hdovd.pipelines.teachers.base import Activation
 from hdovd.pipelines.teachers.openclip import load_clip
 

@@ -199,7 +199,6 @@ GOOD: dict[str, Any] = {"format": "hdovd nouns", "version": 1, "vocabulary": ["c
         ({"version": 2}, '"version": 1, ...}, found 2'),
         ({"vocabulary": []}, "list of names"),
         ({"vocabulary": ["cat", 1]}, "list of names"),
-        ({"vocabulary": ["cat", "cat"]}, "'cat' twice"),
         ({"images": [1]}, "rows by image id"),
         ({"images": {"1": [2]}}, r"image 1 has \[2\], expected an image id, and rows of the vocabulary, 0 to 1"),
         ({"images": {"1": [-1]}}, "image 1"),

@@ -378,15 +378,6 @@ def test_tokenizer_without_transformers_names_what_to_install(
         load_clip("ViT-B-16-SigLIP", str(file), device="cpu")
 
 
-def test_speed_can_be_measured_without_the_tokenizer(
-    built_in: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    name, _ = built_in("SigLIP", "ViT-B-16-SigLIP", hf_tokenizer_name="timm/ViT-B-16-SigLIP")
-    teacher = load_clip(name, None, device="cpu", random_weights=True)
-    assert teacher.embed_names(["cat", "dog"], ["a {}"]).shape == (2, 96)
-
-
 def test_speed_of_an_unknown_model() -> None:
     with pytest.raises(HdovdError, match=r"ViT-Q-99.*list_models"):
         load_clip("ViT-Q-99", None, random_weights=True)

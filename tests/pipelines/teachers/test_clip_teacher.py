@@ -23,8 +23,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
 from hdovd.pipelines.embedding.embedders import Pictures, embedders_of
-from hdovd.pipelines.extraction.identities import box_table, level_inputs
-from hdovd.pipelines.extraction.text import TextRows
+from hdovd.pipelines.extraction.identities import TextRows, box_table, level_inputs
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.teachers import openclip as clip_teacher
 from hdovd.pipelines.teachers.base import Activation
