@@ -67,11 +67,10 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
             f"size (images {shorten([*pictures.changed])}): to be embedded anew"
         )
     table = box_table(split.images, proposals, pictures.values)
-    synonyms, embeddings = config.synonyms, config.class_embeddings
     classes = TextRows(
         protocol.names,
-        {} if synonyms is None else read_synonyms(synonyms, protocol.names),
-        None if embeddings is None else read_class_embeddings(embeddings, protocol.names),
+        {} if config.synonyms is None else read_synonyms(config.synonyms, protocol.names),
+        None if config.class_embeddings is None else read_class_embeddings(config.class_embeddings, protocol.names),
     )
     nouns = _nouns(config, split)
     if nouns is not None and config.labels.top > len(nouns.vocabulary):

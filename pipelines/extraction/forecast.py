@@ -137,10 +137,10 @@ def forecast(config: ForecastConfig, folder: Path) -> dict[str, Any]:
     config = replace(config, batch_size=batch_size, workers=workers, folder=folder)
     pixels = torch.randint(256, (batch_size, *clip.input_size, 3), dtype=torch.uint8, device=clip.device)
     pixels = pixels.permute(0, 3, 1, 2)
-    _model_only(clip, pixels, 2 * torch.get_num_threads())  # prepares what later calls use
-    guess = _model_only(clip, pixels, 2 * torch.get_num_threads())
+    cores = torch.get_num_threads()
+    _model_only(clip, pixels, 2 * cores)  # prepares what later calls use
     of_image = config.boxes * len(config.crop.scales) + 1  # crops
-    images = config.images or max(4, round(guess * ROUND_S / of_image))
+    images = config.images or max(4, round(_model_only(clip, pixels, 2 * cores) * ROUND_S / of_image))
     log(f"making {images:,d} pictures of {config.picture[0]}x{config.picture[1]} with {config.boxes} boxes each")
     proposals = max(1, config.boxes // 2)
     make_world(
@@ -160,7 +160,6 @@ def forecast(config: ForecastConfig, folder: Path) -> dict[str, Any]:
         rounds.append((bare, crops / _seconds(partial(extraction.do, extraction.units()[1]))))
     model_only, end_to_end = (median(values) for values in zip(*rounds, strict=True))
     at_scale = 1 / (1 / model_only + max(0.0, 1 / end_to_end - 1 / model_only) * crops / real)
-    cores = torch.get_num_threads()
     preparation = _preparation(_begun(config, clip, folder, "preparation"), workers or cores)
     stages = {"preparation": preparation, "writing": _writing(folder, clip.dim)}
     rates = {"the model": model_only} | stages
