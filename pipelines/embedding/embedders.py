@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,10 @@ from hdovd.pipelines.common.images import read_annotated
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, DenseRecipe
 from hdovd.pipelines.teachers.base import Teacher
 
+if TYPE_CHECKING:
+    from hdovd.pipelines.teachers.openclip import ClipTeacher
+
+DEFAULT_SIDES = 3  # of a dense teacher, of the crop input: 672 pixels where that has 224
 GPU_THREADS = 2  # one batch on its way to the GPU and back while another is computed
 PICTURES_KEPT = 4  # and one a thread: the boxes of a picture may go on in the next batch, which another thread is at
 A = TypeVar("A")
@@ -241,6 +245,59 @@ class Crops(Embedder):
         return {"regions": self._recipe.regions(self.pictures.box[rows], image.width, image.height)}
 
 
+class DenseBoxes(Embedder):
+    """A row a box: its part of the feature map of the picture, squashed to `side` x `side` pixels (`teachers.dense`):
+    `hdovd extract-clip --instance-teacher dense`.
+
+    A batch has as many pictures as have the pixels of a batch of crops, one at the least, and all of their boxes.
+    """
+
+    teacher: ClipTeacher
+
+    def __init__(self, teacher: Teacher, pictures: Pictures, side: int | None = None) -> None:
+        """`side`: None for about DEFAULT_SIDES times that of the crop input. Raises HdovdError for a model that is no
+        CLIP of open_clip's, or has no dense features.
+        """
+        from hdovd.pipelines.teachers.dense import DenseClip, near_side
+        from hdovd.pipelines.teachers.openclip import ClipTeacher
+
+        if not isinstance(teacher, ClipTeacher):
+            raise HdovdError(f"--instance-teacher dense needs a CLIP of open_clip's, not a {type(teacher).__name__}")
+        super().__init__(teacher, pictures)
+        self._side = side or near_side(teacher.model.visual, DEFAULT_SIDES * max(teacher.input_size))
+        self._clip = DenseClip(teacher.model.visual, self._side)
+        self._transform = teacher.transform.squashed(self._side)
+        self.fit, self.input_size = self._transform.fit, self._transform.size
+
+    def inputs(self) -> dict[str, Any]:
+        return {"preprocessing": self._transform.inputs(), "dense": self._clip.identity}
+
+    def groups(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
+        starts = np.flatnonzero(np.diff(self.images_of(rows), prepend=-1))
+        return np.split(rows, starts[:: self.places(size)][1:]) if len(rows) else []
+
+    def places(self, size: int) -> int:
+        height, width = self.teacher.input_size
+        return max(1, round(size * height * width / self._side**2))
+
+    @torch.inference_mode()
+    def encode(self, batch: Batch) -> np.ndarray:
+        pixels, boxes = self._transform.normalise(batch.pixels.to(self.teacher.device, non_blocking=True)), batch.boxes
+
+        def some(start: int, stop: int) -> np.ndarray:
+            mine = [torch.from_numpy(box) for box in boxes[start:stop]]
+            with self.teacher.autocast():
+                return np.asarray(self._clip.embed_boxes(pixels[start:stop], mine).cpu())
+
+        return self.teacher.in_memory(some, 0, len(pixels))
+
+    def cuts(self, image: ImageBoxes, rows: np.ndarray) -> dict[str, np.ndarray]:
+        from hdovd.pipelines.teachers.dense import scale_boxes
+
+        boxes = torch.from_numpy(self.pictures.box[rows].astype(np.float32))
+        return {"boxes": scale_boxes(boxes, image.width, image.height, self._side).numpy()}
+
+
 def embedders_of(teacher: Teacher, pictures: Pictures, recipe: CropRecipe | DenseRecipe) -> dict[Level, Embedder]:
     """Those of the image and the instance level, as a recipe asks for them. Raises HdovdError for a dense recipe if the
     model has no dense features.
@@ -248,8 +305,6 @@ def embedders_of(teacher: Teacher, pictures: Pictures, recipe: CropRecipe | Dens
     images = WholePictures(teacher, pictures)
     if isinstance(recipe, CropRecipe):
         return {Level.IMAGE: images, Level.INSTANCE: Crops(teacher, pictures, recipe)}
-    from hdovd.pipelines.embedding.dense import DenseBoxes  # open_clip comes with it
-
     return {Level.IMAGE: images, Level.INSTANCE: DenseBoxes(teacher, pictures, recipe.side)}
 
 

@@ -18,7 +18,7 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.images import pixels_of, read_image
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
-from hdovd.pipelines.embedding.dense import DenseClip, scale_boxes
+from hdovd.pipelines.teachers.dense import DenseClip, scale_boxes
 from hdovd.pipelines.teachers.openclip import load_clip
 
 

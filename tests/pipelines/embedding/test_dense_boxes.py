@@ -27,10 +27,10 @@ from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.listing import find_garbage
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.embedding.crop_recipe import DenseRecipe
-from hdovd.pipelines.embedding.dense import DenseBoxes, DenseClip, scale_boxes
-from hdovd.pipelines.embedding.embedders import Batch, Pictures
+from hdovd.pipelines.embedding.embedders import Batch, DenseBoxes, Pictures
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.teachers.dense import DenseClip, scale_boxes
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 Config = Callable[..., ExtractConfig]

@@ -16,8 +16,8 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.embedding import dense as dense_clip
-from hdovd.pipelines.embedding.dense import DenseClip, near_side, scale_boxes
+from hdovd.pipelines.teachers import dense as dense_clip
+from hdovd.pipelines.teachers.dense import DenseClip, near_side, scale_boxes
 from hdovd.pipelines.teachers.openclip import load_clip
 
 DIM = 24
