@@ -453,8 +453,18 @@ class Extraction:
         embeddings = open_rows(instances, "embedding", parts={start // instances.part_rows}).read(start, stop)
         nouns, inputs = self.product(Level.NOUN).table("embedding"), self.plans[Level.PSEUDO_LABEL].inputs
         temperature = inputs.get("verdicts", {}).get("temperature", TEMPERATURE)
-        named_by = (self.offered, LabelRule.of(inputs), self.verdicts, temperature, self.barred)
-        return label_rows(self.table, start, stop, embeddings, nouns, *named_by)
+        return label_rows(
+            self.table,
+            start,
+            stop,
+            embeddings,
+            nouns,
+            self.offered,
+            LabelRule.of(inputs),
+            self.verdicts,
+            temperature,
+            self.barred,
+        )
 
     def probe(self) -> dict[Level, Cost]:
         """What the rows of a level cost: rows of some images spread over the list are cut, and a few embedded. Raises
