@@ -59,7 +59,7 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
     def crops(number: int) -> list[Image.Image]:
         job = jobs[number]
         assert job.regions is not None
-        picture = read_image(job.path, job.width, job.height)
+        picture = read_image(job.path, job.image.width, job.image.height)
         return [picture.crop(region) for region in job.regions.tolist()]
 
     def ours() -> Iterator[torch.Tensor]:
@@ -75,7 +75,7 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
         written = []
         for number, job in enumerate(jobs):
             for k, crop in enumerate(crops(number)):
-                written.append(folder / "crops" / f"{job.image_id}-{k}.jpg")
+                written.append(folder / "crops" / f"{job.image.id}-{k}.jpg")
                 crop.save(written[-1], quality=95)
         for first in range(0, len(written), bench.batch_size):
             yield torch.stack([transform(Image.open(file)) for file in written[first : first + bench.batch_size]])
