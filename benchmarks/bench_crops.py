@@ -28,8 +28,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
-from hdovd.pipelines.embedding.embedders import Cutter, Pictures, embedders_of
-from hdovd.pipelines.embedding.feed import own_threads
+from hdovd.pipelines.embedding.embedders import Cutter, Pictures, embedders_of, own_threads
 from hdovd.pipelines.extraction.forecast import make_world
 from hdovd.pipelines.teachers.openclip import load_clip
 
@@ -60,7 +59,7 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
     def crops(number: int) -> list[Image.Image]:
         job = jobs[number]
         assert job.regions is not None
-        picture = read_image(job.path, job.width, job.height)
+        picture = read_image(job.path, job.image.width, job.image.height)
         return [picture.crop(region) for region in job.regions.tolist()]
 
     def ours() -> Iterator[torch.Tensor]:
@@ -76,7 +75,7 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
         written = []
         for number, job in enumerate(jobs):
             for k, crop in enumerate(crops(number)):
-                written.append(folder / "crops" / f"{job.image_id}-{k}.jpg")
+                written.append(folder / "crops" / f"{job.image.id}-{k}.jpg")
                 crop.save(written[-1], quality=95)
         for first in range(0, len(written), bench.batch_size):
             yield torch.stack([transform(Image.open(file)) for file in written[first : first + bench.batch_size]])

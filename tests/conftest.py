@@ -194,8 +194,8 @@ class _CountingTeacher:
 
     @property
     def pictures(self) -> int:
-        """Pictures and crops embedded; the first two batches are the probe's."""
-        return sum(self.batches[2:])
+        """Pictures and crops embedded; the first four batches are the probe's."""
+        return sum(self.batches[4:])
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import typer
 from hdovd.cli.command import command
 from hdovd.cli.main import new_app
 from hdovd.pipelines.common.atomic_write import write_text
-from hdovd.pipelines.extraction.forecast_config import ForecastConfig
+from hdovd.pipelines.extraction.config import ForecastConfig
 
 app = new_app(no_args_is_help=True)
 

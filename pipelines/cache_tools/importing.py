@@ -47,8 +47,7 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import ImportConfig
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.tensors import floats, load_pth
-from hdovd.pipelines.extraction.identities import BoxTable, box_table
-from hdovd.pipelines.extraction.text import TextRows
+from hdovd.pipelines.extraction.identities import BoxTable, TextRows, box_table
 from hdovd.pipelines.proposal_files.safe_pickle import load_arrays
 from hdovd.pipelines.proposal_files.table import Proposals, ProposalTable, boxes_of
 

@@ -21,10 +21,9 @@ from hdovd.pipelines.calibration.config import CalibrateConfig
 from hdovd.pipelines.calibration.values import Calibration, origin_of
 from hdovd.pipelines.common.atomic_write import write_picture, write_text
 from hdovd.pipelines.common.pages import ticks
-from hdovd.pipelines.extraction.identities import box_table, offered_input
+from hdovd.pipelines.extraction.identities import box_table, offered_input, read_synonyms
 from hdovd.pipelines.extraction.label_weights import LEAST, Evidence, Fit, expectation, label_evidence, same_prompts
 from hdovd.pipelines.extraction.source import extraction_of
-from hdovd.pipelines.extraction.text import read_synonyms
 from hdovd.pipelines.nouns.allowed import offered_nouns
 
 RIGHT, WRONG, CURVE, GRID, BLACK = (40, 110, 220), (230, 120, 20), (20, 20, 20), (215, 215, 215), (0, 0, 0)

@@ -41,7 +41,7 @@ from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.detection.config import DETECTIONS_MARKER, DetectConfig
 from hdovd.pipelines.detection.detector import Detector, NamedDetections
 from hdovd.pipelines.evaluation.evaluate import Mapped
-from hdovd.pipelines.extraction.text import read_class_embeddings
+from hdovd.pipelines.extraction.identities import read_class_embeddings
 from hdovd.pipelines.runs.listing import table_lines
 
 LINES, DETECTIONS, IMAGES = "detections.jsonl", "detections.json", "images.json"

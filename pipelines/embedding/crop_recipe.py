@@ -95,9 +95,5 @@ class DenseRecipe:
 
     side: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.side is not None and self.side < 1:
-            raise HdovdError(f"--dense-side {self.side}: expected a whole number above 0")
-
 
 PLAIN_BOX = CropRecipe()

@@ -1,5 +1,9 @@
-"""How rows of a level become embeddings: from picture files, of which the regions are cut out that `crop_recipe` gives,
-in which batches, and what the model makes of those.
+"""Picture files in, embeddings out, in order and in bounded memory: how rows of a level become embeddings (`Embedder`),
+from regions that `crop_recipe` gives, and who reads and cuts pictures while the model computes (`embed`).
+
+Without workers, threads carry a batch each from its files to its embeddings: on a CPU one a core, so that no core waits
+for another. With workers, those processes read and cut, and the model's threads embed what they hand over, the next
+batch on its way to the GPU while one is computed.
 
 Rows are counted from the level's first. open_clip is imported for dense boxes alone.
 """
@@ -7,14 +11,21 @@ Rows are counted from the level's first. open_clip is imported for dense boxes a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from hdovd.cache.picture_files import PictureFile
 from hdovd.cache.schema import Level
@@ -28,20 +39,20 @@ from hdovd.pipelines.teachers.base import Teacher
 if TYPE_CHECKING:
     from hdovd.pipelines.teachers.openclip import ClipTeacher
 
-NO_FILE = PictureFile(b"", b"", 0, 0)  # of a picture in memory
 DEFAULT_SIDES = 3  # of a dense teacher, of the crop input: 672 pixels where that has 224
+GPU_THREADS = 2  # one batch on its way to the GPU and back while another is computed
+PICTURES_KEPT = 4  # and one a thread: the boxes of a picture may go on in the next batch, which another thread is at
+A = TypeVar("A")
+B = TypeVar("B")
+NO_FILE = PictureFile(b"", b"", 0, 0)  # of a picture in memory
 
 
 def cut(picture: Tensor, region: Sequence[int]) -> Tensor:
-    """The pixels of a region xyxy of (3, h, w); black outside the picture. A view where it can be."""
-    (x0, y0, x1, y1), (height, width) = region, picture.shape[-2:]
-    if x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height:
-        return picture[:, y0:y1, x0:x1]
-    left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    pixels = picture.new_zeros(3, y1 - y0, x1 - x0)
-    if left < right and top < bottom:
-        pixels[:, top - y0 : bottom - y0, left - x0 : right - x0] = picture[:, top:bottom, left:right]
-    return pixels
+    """The pixels of a region xyxy of (3, h, w); black outside the picture."""
+    x0, y0, x1, y1 = region
+    inside = picture[:, max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
+    left, top = min(max(-x0, 0), x1 - x0), min(max(-y0, 0), y1 - y0)
+    return F.pad(inside, (left, x1 - x0 - left - inside.shape[2], top, y1 - y0 - top - inside.shape[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +80,8 @@ class CropJob:
     its batch.
     """
 
-    image_id: int
+    image: ImageBoxes
     path: Path
-    width: int
-    height: int
     rows: int = 1
     place: int = 0
     regions: np.ndarray | None = None
@@ -116,31 +125,22 @@ class Cutter:
         """The crops of some jobs at their places among `count`; channels last, as pictures come and convolutions are
         fastest.
         """
-        pixels = torch.zeros(count, *self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        batch = Batch(pixels, {}, [np.zeros((0, 4), np.float32)] * count)
+        inputs = torch.zeros(count, *self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        batch = Batch(inputs, {}, [np.zeros((0, 4), np.float32)] * count)
         for job in jobs:
             if job.boxes is not None:
                 batch.boxes[job.place] = job.boxes
             try:
-                picture = self.read(job)
+                picture = self.picture(job.path, job.image.width, job.image.height, job.exif)
             except HdovdError as error:
-                batch.problems[job.image_id] = str(error)
+                batch.problems[job.image.id] = str(error)
                 continue
-            batch.files[job.image_id] = picture.file
-            for place, crop in enumerate(self.crops(picture.pixels, job), job.place):
-                batch.pixels[place] = crop
+            batch.files[job.image.id] = picture.file
+            pixels = picture.pixels
+            crops = [pixels] if job.regions is None else (cut(pixels, region) for region in job.regions.tolist())
+            for place, crop in enumerate(crops, job.place):
+                batch.pixels[place] = self.fit(crop)
         return batch
-
-    def read(self, job: CropJob) -> Picture:
-        """Raises HdovdError."""
-        return self.picture(job.path, job.width, job.height, job.exif)
-
-    def crops(self, picture: Tensor, job: CropJob) -> Iterator[Tensor]:
-        """(3, *size) uint8, one a region."""
-        if job.regions is None:
-            yield self.fit(picture)
-        else:
-            yield from (self.fit(cut(picture, region)) for region in job.regions.tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,18 +193,8 @@ class Embedder:
         jobs, place, first = list[CropJob](), 0, 0
         for mine in np.split(rows, np.flatnonzero(np.diff(number)) + 1) if len(rows) else ():
             image = self.pictures.images[number[first]]
-            jobs.append(
-                CropJob(
-                    image.id,
-                    self.pictures.path(image),
-                    image.width,
-                    image.height,
-                    len(mine),
-                    place,
-                    exif=self.pictures.exif,
-                    **self.cuts(image, mine),
-                )
-            )
+            path, cuts = self.pictures.path(image), self.cuts(image, mine)
+            jobs.append(CropJob(image, path, len(mine), place, exif=self.pictures.exif, **cuts))
             first, place = first + len(mine), place + jobs[-1].count
         return jobs
 
@@ -295,12 +285,9 @@ class DenseBoxes(Embedder):
         pixels, boxes = self._transform.normalise(batch.pixels.to(self.teacher.device, non_blocking=True)), batch.boxes
 
         def some(start: int, stop: int) -> np.ndarray:
+            mine = [torch.from_numpy(box) for box in boxes[start:stop]]
             with self.teacher.autocast():
-                return (
-                    self._clip.embed_boxes(pixels[start:stop], [torch.from_numpy(box) for box in boxes[start:stop]])
-                    .cpu()
-                    .numpy()
-                )
+                return np.asarray(self._clip.embed_boxes(pixels[start:stop], mine).cpu())
 
         return self.teacher.in_memory(some, 0, len(pixels))
 
@@ -315,12 +302,10 @@ def embedders_of(teacher: Teacher, pictures: Pictures, recipe: CropRecipe | Dens
     """Those of the image and the instance level, as a recipe asks for them. Raises HdovdError for a dense recipe if the
     model has no dense features.
     """
-    boxes: Embedder = (
-        Crops(teacher, pictures, recipe)
-        if isinstance(recipe, CropRecipe)
-        else DenseBoxes(teacher, pictures, recipe.side)
-    )
-    return {Level.IMAGE: WholePictures(teacher, pictures), Level.INSTANCE: boxes}
+    images = WholePictures(teacher, pictures)
+    if isinstance(recipe, CropRecipe):
+        return {Level.IMAGE: images, Level.INSTANCE: Crops(teacher, pictures, recipe)}
+    return {Level.IMAGE: images, Level.INSTANCE: DenseBoxes(teacher, pictures, recipe.side)}
 
 
 def mean_of(embeddings: np.ndarray, crops: int) -> np.ndarray:
@@ -329,3 +314,127 @@ def mean_of(embeddings: np.ndarray, crops: int) -> np.ndarray:
         return embeddings
     mean = embeddings[: len(embeddings) // crops * crops].reshape(-1, crops, embeddings.shape[1]).mean(axis=1)
     return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+
+
+# --- who reads and cuts while the model computes ---
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A batch to make: inputs from some pictures, `size` with what fills it up. `rows`: of the level, counted from its
+    first. `last`: of its part.
+    """
+
+    level: Level
+    jobs: Sequence[CropJob]
+    size: int
+    rows: np.ndarray
+    last: bool
+
+
+# Embeddings (m, D) float32 of a batch's rows and what filled it up; by image id why a picture could not be read, and
+# the file of one that could.
+Embedded = tuple[np.ndarray, dict[int, str], dict[int, PictureFile]]
+
+
+@dataclass(slots=True)
+class PartRows:
+    """Rows `start` to `start + len(embedding)` of a level. embedding (n, D) float16, zeros for the images in `failed`.
+
+    `missing`: of these rows, the ones to embed.
+    """
+
+    embedder: Embedder
+    start: int
+    embedding: np.ndarray
+    missing: np.ndarray
+    failed: dict[int, str] = field(default_factory=dict)
+    files: dict[int, PictureFile] = field(default_factory=dict)
+
+    def batches(self, size: int) -> Iterator[Wanted]:
+        """In row order, all of the shape that `size` crops have, the last one filled up."""
+        embedder = self.embedder
+        groups = embedder.groups(self.start + np.flatnonzero(self.missing), size)
+        for number, some in enumerate(groups, 1):
+            yield Wanted(embedder.level, embedder.jobs(some), embedder.places(size), some, number == len(groups))
+
+    def take(self, batch: Wanted, answer: Embedded) -> None:
+        """Enter the embeddings of a batch."""
+        rows, problems, files = answer
+        blank = np.repeat([job.image.id in problems for job in batch.jobs], [job.rows for job in batch.jobs])
+        self.embedding[batch.rows - self.start] = np.where(blank[:, None], 0, rows[: len(batch.rows)])
+        self.failed |= problems
+        self.files |= files
+
+
+def embed(
+    wanted: Iterable[Wanted], embedders: Mapping[Level, Embedder], device: torch.device, workers: int
+) -> Iterator[Embedded]:
+    """The embeddings of every batch, in order. `wanted` is read no further ahead than the work needs."""
+    wanted = iter(wanted)
+    first = next(wanted, None)
+    if first is None:  # no process and no thread for nothing
+        return
+    wanted = chain([first], wanted)
+
+    def answer(level: Level, batch: Batch) -> Embedded:
+        return embedders[level].encode(batch), batch.problems, batch.files
+
+    on_gpu = device.type == "cuda"
+    threads = GPU_THREADS if on_gpu and workers else torch.get_num_threads()
+    picture = read_picture if workers else lru_cache(threads + PICTURES_KEPT)(read_picture)
+    batches = _Batches({level: Cutter(e.fit, e.input_size, picture) for level, e in embedders.items()})
+    with own_threads(threads) as pool:
+        if workers:
+            loader = DataLoader(batches, sampler=wanted, batch_size=None, num_workers=workers, pin_memory=on_gpu)
+            yield from in_order(pool, lambda made: answer(*made), _made(loader), 2 * threads)
+        else:
+            yield from in_order(pool, lambda w: answer(*batches[w]), wanted, 2 * threads)
+
+
+def _made(loader: Iterable[A]) -> Iterator[A]:
+    """What workers make. Raises HdovdError if one of them dies."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise HdovdError(
+            f"{str(error).splitlines()[0].rstrip('. ')}. Out of memory, or of shared memory (docker run --shm-size "
+            f"16g)? Fewer --workers or a smaller --batch need less. What is finished is kept: the same command goes on"
+        ) from error
+
+
+@contextmanager
+def own_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in each of which torch computes alone, however many cores there are."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # what later threads start from
+
+
+def in_order(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
+    """`function` of every item, in order, at most `ahead` of them begun before their answer is taken. After an error it
+    is the pool's to drop what waits, as `own_threads` does.
+    """
+    begun: deque[Future[B]] = deque()
+    for item in items:
+        begun.append(pool.submit(function, item))
+        if len(begun) >= ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+class _Batches(Dataset[tuple[Level, Batch]]):
+    """A data set whose indices are descriptions of batches."""
+
+    def __init__(self, cutters: Mapping[Level, Cutter]) -> None:
+        self._cutters = cutters
+
+    def __getitem__(self, wanted: Wanted) -> tuple[Level, Batch]:
+        return wanted.level, self._cutters[wanted.level].batch(wanted.jobs, wanted.size)

@@ -1,9 +1,12 @@
-"""What an extraction is asked to do. Imports neither CLIP nor torch: the command line names it at no cost."""
+"""What an extraction, and `hdovd bench extract`, are asked to do. Imports neither CLIP nor torch: the command line
+names it at no cost.
+"""
 
 import os
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +20,7 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.name_list import is_shipped, read_vocabulary
 from hdovd.pipelines.common.options import (
     CacheWritten,
+    Device,
     FeaturesOptions,
     Group,
     Option,
@@ -77,9 +81,14 @@ class LabelRule:
     def of(cls, inputs: KeyInputs) -> "LabelRule":
         """The rule of a pseudo_label product, by its key inputs."""
         top = (int(inputs["top_k"]), float(inputs["temperature"])) if "top_k" in inputs else (1, TEMPERATURE)
-        choice = LabelChoice(inputs.get("choice", LabelChoice.MENTIONED))
-        barred, backgrounds = (tuple(inputs.get(name, ())) for name in ("barred", "backgrounds"))
-        return cls(*top, choice, barred, inputs.get("mention"), backgrounds, inputs.get("judged"))
+        return cls(
+            *top,
+            LabelChoice(inputs.get("choice", LabelChoice.MENTIONED)),
+            tuple(inputs.get("barred", ())),
+            inputs.get("mention"),
+            tuple(inputs.get("backgrounds", ())),
+            inputs.get("judged"),
+        )
 
 
 ONE_NOUN, LIKELY_NOUN = LabelRule(), LabelRule(choice=LabelChoice.LIKELY)
@@ -320,16 +329,13 @@ class ExtractConfig(FeaturesOptions):
             raise HdovdError(
                 "--captions needs --vocabulary too: the names, one a line, that are looked for in the captions"
             )
-        for option in ("vocabulary", "nouns"):
-            if self.proposals is None and getattr(self, option) is not None:
-                raise HdovdError(f"--{option} names pseudo boxes, and there are none without --proposals")
-        if self.labels.top > 1 and self.vocabulary is None and self.nouns is None:
+        no_nouns = self.vocabulary is None and self.nouns is None
+        if self.proposals is None and not no_nouns:
+            raise HdovdError("--vocabulary and --nouns name pseudo boxes, and there are none without --proposals")
+        if no_nouns and (self.labels.top > 1 or self.verdicts is not None):
             raise HdovdError(
-                f"--label-top-k {self.labels.top} is of pseudo labels, and there are none without --nouns or "
-                f"--vocabulary"
+                "--label-top-k and --verdicts are of pseudo labels, and there are none without --nouns or --vocabulary"
             )
-        if self.verdicts is not None and self.vocabulary is None and self.nouns is None:
-            raise HdovdError("--verdicts choose among nouns, and there are none without --nouns or --vocabulary")
         if self.synonyms is not None and self.class_embeddings is not None:
             raise HdovdError("--synonyms has no use with --class-embeddings, which takes the place of all class names")
         if self.submitit is not None and self.executor is not Executor.SUBMITIT:
@@ -346,6 +352,8 @@ class ExtractConfig(FeaturesOptions):
         """Raises HdovdError for what is wrong with the paths and names alone."""
         if self.store is Store.ZARR:  # else it is a folder of tar shards, which the extraction looks into
             Catalog.find_at(self.cache)
+        if self.executor is not Executor.LOCAL and find_spec(self.executor) is None:
+            raise HdovdError(f"--executor {self.executor} needs {self.executor}: pip install 'hdovd[{self.executor}]'")
         TEACHERS.require(self.teacher)
         load_protocol(self.protocol)
         self.data.locate("train2017")
@@ -419,3 +427,60 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value) if is_shipped(value) else str(value.absolute())
     return list(value) if isinstance(value, tuple) else value
+
+
+# --- hdovd bench extract ---
+
+
+def _two(mark: str, option: str, text: str) -> tuple[int, int]:
+    """Two whole numbers with a mark between them. Raises HdovdError for anything else."""
+    first, _, second = text.partition(mark)
+    if not (first.isdigit() and second.isdigit() and int(first) and int(second)):
+        raise HdovdError(f"{option} {text}: expected two whole numbers above 0 with {mark!r} between them")
+    return int(first), int(second)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastConfig:
+    """`pretrained`: None for random weights, which are as fast as any. `data_set`: how many images and boxes the
+    forecast is for. `folder`: where to work; an empty one when the stage is called.
+    """
+
+    clip: Annotated[str, Option("open_clip model name, local-dir:PATH or hf-hub:NAME.")] = "ViT-B-32"
+    pretrained: Annotated[str | None, Option("Tag or checkpoint file. Default: random weights.")] = None
+    precision: Annotated[
+        Precision, Option("What CLIP computes in; auto: what suits the device (docs/MACHINES.md).")
+    ] = Precision.AUTO
+    device: Device = "auto"
+    workers: Workers = None
+    batch_size: Batch = None
+    crop: Annotated[
+        CropRecipe,
+        Group(
+            {
+                "crop": (Shape, Shape.BOX, Option("The pixels that a box stands for.")),
+                "crop_scales": (str, "1", Option("As for extract-clip.")),
+            },
+            lambda given: CropRecipe.parse(given["crop"], given["crop_scales"]),
+        ),
+    ] = PLAIN_BOX
+    images: Annotated[int | None, Option("Images a round. Default: what the model does in ten seconds.", min=1)] = None
+    boxes: Annotated[int, Option("Boxes an image.", min=2)] = 30
+    picture: Annotated[
+        tuple[int, int],
+        Option("Size of the JPEG files, WIDTHxHEIGHT.", parse=partial(_two, "x", "--picture"), text="640x480"),
+    ] = (640, 480)
+    rounds: Annotated[int, Option("Rounds of the bare model and of all; medians are printed.", min=1)] = 3
+    data_set: Annotated[
+        tuple[int, int],
+        Option(
+            "IMAGES,BOXES of the data set to forecast. Default: COCO, 30 proposals an image.",
+            flags=("--forecast",),
+            parse=partial(_two, ",", "--forecast"),
+            text="118287,4400000",
+        ),
+    ] = (118_287, 4_400_000)
+    json_file: Annotated[Path | None, Option("Write the figures there too.", flags=("--json",))] = None
+    folder: Annotated[
+        Path | None, Option("Where to work: a new folder in this one. Default: the system's for temporary files.")
+    ] = None

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.picture_files import LATER, write_files
 from hdovd.cache.product import Product
-from hdovd.cache.rows import Rows, open_rows
+from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import (
     CHUNK_ROWS,
     IMAGE_PART_ROWS,
@@ -43,12 +44,10 @@ from hdovd.core.errors import HdovdError, counted
 from hdovd.data.coco import Split
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import shown, workers_for
-from hdovd.pipelines.embedding.embedders import Crops, Cutter, Embedder
-from hdovd.pipelines.embedding.feed import PartRows, Wanted, embed, own_threads
+from hdovd.pipelines.embedding.embedders import Cutter, Embedder, PartRows, Wanted, embed, own_threads
 from hdovd.pipelines.extraction.config import TEMPERATURE, ExtractConfig, LabelRule, Share
-from hdovd.pipelines.extraction.identities import BoxTable, PictureHashes, files_of, match_rows
+from hdovd.pipelines.extraction.identities import BoxTable, PictureHashes, TextRows, files_of, match_rows
 from hdovd.pipelines.extraction.pseudo_labels import Verdicts, barred_in, label_rows
-from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.teachers.base import Teacher
 
@@ -68,8 +67,8 @@ class LevelPlan:
     """One level of an extraction.
 
     `decision` is "hit", "extend" or "extract", `reason` why it is no hit. `redo`: finished parts to make again.
-    `kept` (rows,) bool: rows whose image could be read, if parts are made again. `donor` and `reuse` (rows,): another
-    product that has rows of this one, and which; -1 where it has not.
+    `donor` and `reuse` (rows,): a product that has rows of this one, and which; -1 where it has not. If parts are made
+    again, it is the product itself.
     """
 
     level: Level
@@ -82,7 +81,6 @@ class LevelPlan:
     reason: str = ""
     missing: list[int] | None = None
     redo: tuple[int, ...] = ()
-    kept: np.ndarray | None = None
     donor: Product | None = None
     reuse: np.ndarray | None = None
 
@@ -105,9 +103,8 @@ class LevelPlan:
         return self.new_rows_of(self.todo)
 
     def new_rows_of(self, parts: Iterable[int]) -> int:
-        """Rows of some parts, less those that the product itself or another one has."""
+        """Rows of some parts, less those that the donor has."""
         new = np.ones(self.rows, bool) if self.reuse is None else self.reuse < 0
-        new = new if self.kept is None else new & ~self.kept
         return sum(int(new[part * self.part_rows : (part + 1) * self.part_rows].sum()) for part in parts)
 
     @property
@@ -159,12 +156,15 @@ def _compare(
     if product is not None:
         plan.part_rows, plan.missing = product.part_rows, product.missing()
         plan.redo = tuple(product.failed_parts()) if retry_failed else ()
-        plan.kept = _usable(product)[:-1] if plan.redo else None
-        again = f"tries again what could not be read: {counted(len(product.failed()), 'image')}" if plan.redo else ""
+        again = ""
+        if plan.redo:
+            again = f"tries again what could not be read: {counted(len(product.failed()), 'image')}"
+            plan.donor, plan.reuse = product, np.where(_usable(product)[:-1], np.arange(product.rows), -1)
         if product.whole:
             plan.decision, plan.reason = "extract" if plan.redo else "hit", again
             return
-        _find_donor(catalog, plan, table, read_alike)
+        if not plan.redo:
+            _find_donor(catalog, plan, table, read_alike)
         done = product.parts - len(plan.missing)
         plan.decision = "extend" if done or plan.donor else "extract"
         plan.reason = f"goes on: {done} of {product.parts} parts are done" + (f"; {again}" if again else "")
@@ -281,14 +281,9 @@ class Extraction:
         self.workers = workers_for(teacher.device, config.workers)
         self.done: list[Unit] = []  # by this process, pseudo labels too
         self._writers: dict[Level, ProductWriter] = {}
-        self._donors: dict[Level, Rows] = {}
         self.offered, self.base_names = None if nouns is None else nouns.by_image, base_names
         self.barred = None if nouns is None else barred_in(config.labels, nouns, split.images, base_names)
         self.bar: tqdm[Any] | None = None
-
-    def keys(self) -> dict[Level, str]:
-        """Of the products that make up the set."""
-        return {level: plan.key for level, plan in self.plans.items()}
 
     @cached_property
     def _batch_size(self) -> int:
@@ -298,7 +293,6 @@ class Extraction:
     def begin(self, catalog: Catalog) -> None:
         """Begin every product that is not there yet."""
         self._catalog = catalog
-        made_with = {**self.teacher.made_with, "batch_size": self._batch_size}
         for level, plan in self.plans.items():
             if level is Level.PSEUDO_LABEL:  # made part by part with the crops that it names
                 plan.part_rows = self.plans[Level.INSTANCE].part_rows
@@ -311,7 +305,7 @@ class Extraction:
                 dim=plan.dim,
                 tables=self.table.tables(level),
                 names=plan.names,
-                made_with={} if level is Level.BOXES else made_with,
+                made_with={} if level is Level.BOXES else {**self.teacher.made_with, "batch_size": self._batch_size},
             )
             plan.part_rows = self.product(level).part_rows  # another process may have begun it since it was planned
         if self.pictures.later:  # they need not be hashed again
@@ -333,7 +327,6 @@ class Extraction:
         """
         busy: list[Unit] = []
         writes: deque[Future[None]] = deque()
-        asked: deque[tuple[_Part, Wanted]] = deque()  # what is being embedded
         with ExitStack() as claims, ThreadPoolExecutor(1) as writer:
 
             def finish(part: _Part) -> None:
@@ -341,19 +334,18 @@ class Extraction:
                 while len(writes) > WRITES_BEHIND:
                     writes.popleft().result()
 
-            def wanted() -> Iterator[Wanted]:
+            def wanted() -> Iterator[tuple[PartRows, _Part, Wanted]]:
                 for part in self._claimed(units, busy, claims, wait):
                     if part.rows is None or not part.rows.missing.any():
                         finish(part)
                         continue
                     for batch in part.rows.batches(self._batch_size_of(part.unit.level)):
-                        asked.append((part, batch))
-                        yield batch
+                        yield part.rows, part, batch
 
-            for answer in embed(wanted(), self.embedders, self.teacher.device, self.workers):
-                part, batch = asked.popleft()
-                assert part.rows is not None
-                part.rows.take(batch, answer)
+            ahead, asked = tee(wanted())
+            answers = embed((batch for _, _, batch in ahead), self.embedders, self.teacher.device, self.workers)
+            for answer, (rows, part, batch) in zip(answers, asked, strict=True):
+                rows.take(batch, answer)
                 if self.bar is not None:
                     self.bar.update(len(batch.rows))
                 if batch.last:
@@ -361,6 +353,11 @@ class Extraction:
             for write in writes:
                 write.result()
         return busy
+
+    def do_all(self, units: Iterable[Unit]) -> None:
+        """Do units, and wait for those that other processes are at."""
+        for unit in self.do(units):
+            self.do([unit], wait=True)
 
     def left(self) -> list[Unit]:
         """What is not done, in the order of `units`."""
@@ -382,28 +379,21 @@ class Extraction:
     def _claimed(self, units: Iterable[Unit], busy: list[Unit], claims: ExitStack, wait: bool) -> Iterator[_Part]:
         """Units of which something is to be done, claimed; those that another process is at go to `busy`."""
         for unit in units:
-            product, redo = self.product(unit.level), unit.part in self.plans[unit.level].redo
-            part = _Part(unit)
+            product, plan, part = self.product(unit.level), self.plans[unit.level], _Part(unit)
+            redo = unit.part in plan.redo
             if redo or not product.is_finished(unit.part):
                 part.claim = claims.enter_context(ExitStack())
                 if not part.claim.enter_context(self._claim(unit.level, unit.part, wait=wait)):
                     busy.append(unit)
                     continue
-                if redo:
-                    part.rows = self._rows_again(unit)
-                    self._undo(unit)
+                rows = self._rows(unit) if unit.level in MATCHED_BY else None
+                if redo:  # what follows from it first: killed at any moment, no record speaks of other bytes
+                    for level in reversed(self._levels_of(unit)):
+                        self._catalog.folder.delete(self.product(level).record_name(unit.part))
+                    plan.redo = tuple(other for other in plan.redo if other != unit.part)
                 part.is_mine = not product.is_finished(unit.part)
-                if part.is_mine and part.rows is None and unit.level in (Level.IMAGE, Level.INSTANCE):
-                    part.rows = self._rows(unit)
+                part.rows = rows if part.is_mine else None
             yield part
-
-    def _undo(self, unit: Unit) -> None:
-        """Forget a part that is to be made again, what follows from it first: killed at any moment, no record speaks of
-        other bytes.
-        """
-        for level in reversed(self._levels_of(unit)):
-            self._catalog.folder.delete(self.product(level).record_name(unit.part))
-        self.plans[unit.level].redo = tuple(part for part in self.plans[unit.level].redo if part != unit.part)
 
     def product(self, level: Level) -> Product:
         return self._writers[level].product
@@ -438,37 +428,24 @@ class Extraction:
                     self.done.append(Unit(follows, number))
 
     def _rows(self, unit: Unit) -> PartRows:
-        """The rows of a part, with what another product has of them."""
+        """The rows of a part, with what the donor has of them, whose checksums are compared: a copy of a damaged row
+        would have one that is right.
+        """
         plan, (start, stop) = self.plans[unit.level], self.product(unit.level).rows_of(unit.part)
         empty = np.zeros((stop - start, self.teacher.dim), np.float16)
         rows = PartRows(self.embedders[unit.level], start, empty, np.ones(stop - start, bool))
         if plan.reuse is not None and plan.donor is not None:
             reuse = plan.reuse[start:stop]
-            rows.missing = reuse < 0
-            rows.embedding[~rows.missing] = self._reused(unit.level, plan.donor, reuse[~rows.missing])
+            rows.missing, there = reuse < 0, reuse[reuse >= 0]
+            donor = open_rows(plan.donor, "embedding", parts=plan.donor.finished(), checked=True)
+            runs = np.split(there, np.flatnonzero(np.diff(there) != 1) + 1) if len(there) else []
+            pieces = [donor.read(int(run[0]), int(run[-1]) + 1) for run in runs]
+            rows.embedding[~rows.missing] = np.concatenate([empty[:0], *pieces])
         return rows
-
-    def _rows_again(self, unit: Unit) -> PartRows:
-        """The rows of a finished part, those of images that could not be read to be embedded again."""
-        product, (start, stop) = self.product(unit.level), self.product(unit.level).rows_of(unit.part)
-        rows = open_rows(product, "embedding", parts={unit.part}, checked=True).read(start, stop)
-        embedder = self.embedders[unit.level]
-        image_ids = self.table.image_id[embedder.images_of(np.arange(start, stop))]
-        return PartRows(embedder, start, np.array(rows), np.isin(image_ids, [*product.failed()]))
 
     def _batch_size_of(self, level: Level) -> int:
         """The one that the product was begun with, whatever this process was told."""
         return int(self.product(level).attributes["made_with"].get("batch_size") or self._batch_size)
-
-    def _reused(self, level: Level, donor: Product, rows: np.ndarray) -> np.ndarray:
-        """Rows of another product, whose checksums are compared: a copy of a damaged row would have one that is
-        right.
-        """
-        if level not in self._donors:
-            self._donors[level] = open_rows(donor, "embedding", parts=donor.finished(), checked=True)
-        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
-        pieces = [self._donors[level].read(int(run[0]), int(run[-1]) + 1) for run in runs]
-        return np.concatenate([np.zeros((0, self.teacher.dim), np.float16), *pieces])
 
     def _pseudo_labels(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Of the rows of a part, from what the cache holds of its crops and of the nouns."""
@@ -476,9 +453,17 @@ class Extraction:
         embeddings = open_rows(instances, "embedding", parts={start // instances.part_rows}).read(start, stop)
         nouns, inputs = self.product(Level.NOUN).table("embedding"), self.plans[Level.PSEUDO_LABEL].inputs
         temperature = inputs.get("verdicts", {}).get("temperature", TEMPERATURE)
-        rule = LabelRule.of(inputs)
         return label_rows(
-            self.table, start, stop, embeddings, nouns, self.offered, rule, self.verdicts, temperature, self.barred
+            self.table,
+            start,
+            stop,
+            embeddings,
+            nouns,
+            self.offered,
+            LabelRule.of(inputs),
+            self.verdicts,
+            temperature,
+            self.barred,
         )
 
     def probe(self) -> dict[Level, Cost]:
@@ -488,11 +473,8 @@ class Extraction:
         count, offset = min(PROBE_IMAGES, len(self.split.images)), self.table.offset
         numbers = np.unique(np.linspace(0, len(self.split.images) - 1, count).astype(np.int64))
         boxes = np.concatenate([np.arange(offset[n], min(offset[n] + PROBE_BOXES, offset[n + 1])) for n in numbers])
-        embedder = self.embedders[Level.INSTANCE]
-        box = self._cost(Level.INSTANCE, boxes) if len(boxes) else None
-        alike = isinstance(embedder, Crops) and embedder.places(1) == 1  # a picture is a crop like any other
-        image = box if box is not None and alike else self._cost(Level.IMAGE, numbers)
-        return {Level.IMAGE: image, Level.INSTANCE: box or image}
+        images = self._cost(Level.IMAGE, numbers)
+        return {Level.IMAGE: images, Level.INSTANCE: self._cost(Level.INSTANCE, boxes) if len(boxes) else images}
 
     def _cost(self, level: Level, rows: np.ndarray) -> Cost:
         embedder, on_gpu = self.embedders[level], self.teacher.device.type == "cuda"
@@ -522,15 +504,13 @@ def do_share(extraction: Extraction, share: Share) -> None:
     work.
     """
     texts, units = extraction.units()
-    for unit in extraction.do(texts):
-        extraction.do([unit], wait=True)
+    extraction.do_all(texts)
     asked = units[share.index :: share.count]
     mine = asked[share.rank :: share.world]
     others = [unit for unit in reversed(asked) if unit not in mine]  # from the end: where the others come last
     label = f"CLIP on {shown(extraction.teacher.device)}" + (f", 1 of {share.world}" if share.world > 1 else "")
     with progress(None, label, "row", total=new_rows(extraction, mine) if share.speaks else 0) as extraction.bar:
-        for unit in extraction.do(mine + others):
-            extraction.do([unit], wait=True)
+        extraction.do_all(mine + others)
 
 
 def new_rows(extraction: Extraction, units: list[Unit]) -> int:

@@ -77,18 +77,10 @@ def export_tars(config: ExportConfig) -> TarMeta:
     if len(todo) < writer.meta.shards:
         log(f"{config.out}: there already: {writer.meta.shards - len(todo)} of {writer.meta.shards} shards")
     with progress(None, "tar shards", "image", total=sum(len(writer.meta.places_of(number)) for number in todo)) as bar:
-
-        def write(number: int, *, wait: bool) -> bool:
-            with writer.folder.claim(f"{number:06d}.tar", wait=wait) as mine:
-                if mine and unfinished_shards(writer.folder, [number]):
-                    images = (split.images[place] for place in writer.meta.places_of(number))
-                    writer.write(number, (_sample(cache, split, protocol, image, failed) for image in images))
-                bar.update(len(writer.meta.places_of(number)) if mine else 0)
-                return mine
-
-        busy = [number for number in todo if not write(number, wait=False)]  # another export of the same is at these
-        for number in busy:
-            write(number, wait=True)
+        for number in todo:
+            images = [split.images[place] for place in writer.meta.places_of(number)]
+            writer.write(number, (_sample(cache, split, protocol, image, failed) for image in images))
+            bar.update(len(images))
     count, total = writer.meta.shards, size(sum(writer.folder.sizes("").values()))
     log(
         f"{config.out}: {writer.meta.images:,d} images in {counted(count, 'tar shard')}, {total}"
@@ -131,11 +123,11 @@ def _arrays(cache: FeatureCache, image_id: int) -> dict[str, np.ndarray]:
     levels, arrays = cache.levels(), dict[str, np.ndarray]()
     if Level.INSTANCE in levels:
         rows = cache.instances(image_id)
-        of_one = () if rows.top_noun.shape[1] else TOP_ARRAYS  # a label of one noun has no such rows
+        several = rows.top_noun.shape[1] > 0  # a label of one noun has no such rows
         arrays = {
             name: getattr(rows, array)
             for name, (level, array) in MEMBERS.items()
-            if level in levels and level is not Level.IMAGE and array not in of_one
+            if level in levels and level is not Level.IMAGE and (several or array not in TOP_ARRAYS)
         }
     if Level.IMAGE in levels:
         arrays["image"] = cache.image_embedding(image_id)
@@ -206,8 +198,7 @@ def import_tars(url: Path | str, cache: Path | str) -> FeatureSet:
 
 def _samples(shards: TarShards, what: str, *, verify: bool) -> Iterator[TarSample]:
     packed = chain.from_iterable(shards.raw(number, verify=verify) for number in shards.numbers)
-    for place, raw in progress(packed, what, "image", shards.images):
-        yield shards.decode(place, raw)
+    return (shards.decode(place, raw) for place, raw in progress(packed, what, "image", shards.images))
 
 
 def _box_tables(shards: TarShards) -> dict[str, np.ndarray]:
@@ -271,10 +262,12 @@ def export_crops(config: ExportConfig) -> None:
         image, box = images[int(of_image[row])], rows.box[row].astype(float)
         grown = box + AROUND * np.tile(box[2:] - box[:2], 2) * [-1, -1, 1, 1]
         inside = np.concatenate([np.floor(grown[:2]), np.ceil(grown[2:])]).clip(0, [image.width, image.height] * 2)
-        picture = read(image.id)
-        write_picture(out / "crops" / f"{row}.jpg", picture.crop(inside.astype(int).tolist()), "JPEG", quality=95)
-    told = f"; left out: {counted(len(failed), 'image')} that could not be read" if failed else ""
-    log(f"wrote {QUESTIONS}, and {len(mine):,d} crops to {out}/crops{told}")
+        crop = read(image.id).crop(inside.astype(int).tolist())
+        write_picture(out / "crops" / f"{row}.jpg", crop, "JPEG", quality=95)
+    log(
+        f"wrote {QUESTIONS}, and {len(mine):,d} crops to {out}/crops"
+        + (f"; left out: {counted(len(failed), 'image')} that could not be read" if failed else "")
+    )
 
 
 GROUP_ROWS = 16_384  # held in memory: 32 MB of embeddings of 512 values. A row group of Parquet's

@@ -13,7 +13,6 @@ import os
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -27,21 +26,29 @@ from hdovd.cache.schema import TAR_META, Level
 from hdovd.cache.store import Folder, open_folder
 from hdovd.cache.tar_shards import TarMeta, TarShards, forget_shard, unfinished_shards
 from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import lines_to, log, quiet
+from hdovd.core.log import log, quiet
 from hdovd.data.coco import Exif, Skips, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, progress, size
 from hdovd.pipelines.common.images import read_alike
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.embedders import Pictures, embedders_of
-from hdovd.pipelines.extraction.config import TEMPERATURE, Executor, ExtractConfig, Store, this_share
-from hdovd.pipelines.extraction.engine import Cost, Extraction, do_share, plan_levels
+from hdovd.pipelines.extraction.config import TEMPERATURE, Executor, ExtractConfig, Share, Store, this_share
+from hdovd.pipelines.extraction.engine import Extraction, do_share, plan_levels
+from hdovd.pipelines.extraction.executors import do_with_ray, do_with_submitit
 from hdovd.pipelines.extraction.export import export_tars
-from hdovd.pipelines.extraction.identities import box_table, level_inputs, picture_hashes
+from hdovd.pipelines.extraction.identities import (
+    TextRows,
+    box_table,
+    level_inputs,
+    object_text_entry,
+    picture_hashes,
+    read_class_embeddings,
+    read_synonyms,
+)
 from hdovd.pipelines.extraction.label_weights import expectation, label_evidence, on_object
 from hdovd.pipelines.extraction.pseudo_labels import FLOOR, read_verdicts, rule_line, settled
 from hdovd.pipelines.extraction.source import ExportConfig
-from hdovd.pipelines.extraction.text import TextRows, object_text_entry, read_class_embeddings, read_synonyms
 from hdovd.pipelines.nouns.allowed import Nouns, named_novel, offered_nouns
 from hdovd.pipelines.proposal_files.file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.teachers.base import TEACHERS, Teacher
@@ -60,11 +67,10 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
             f"size (images {shorten([*pictures.changed])}): to be embedded anew"
         )
     table = box_table(split.images, proposals, pictures.values)
-    synonyms, embeddings = config.synonyms, config.class_embeddings
     classes = TextRows(
         protocol.names,
-        {} if synonyms is None else read_synonyms(synonyms, protocol.names),
-        None if embeddings is None else read_class_embeddings(embeddings, protocol.names),
+        {} if config.synonyms is None else read_synonyms(config.synonyms, protocol.names),
+        None if config.class_embeddings is None else read_class_embeddings(config.class_embeddings, protocol.names),
     )
     nouns = _nouns(config, split)
     if nouns is not None and config.labels.top > len(nouns.vocabulary):
@@ -75,16 +81,14 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
             f"note: the vocabulary holds {len(leaked)} of the {len(novel)} novel names ({shorten(list(leaked))}); "
             "allowed, since captions hold them, and to be reported with results"
         )
-    if teacher is None:
-        made: Teacher = TEACHERS.find(config.teacher)(
-            config.clip,
-            config.pretrained,
-            device=_own_device(config.device),
-            precision=config.precision,
-            activation=config.activation,
-            cached=partial(cached_precision, catalog, config.features),
-        )
-        teacher = made
+    teacher = teacher or TEACHERS.find(config.teacher)(
+        config.clip,
+        config.pretrained,
+        device=_own_device(config.device),
+        precision=config.precision,
+        activation=config.activation,
+        cached=partial(cached_precision, catalog, config.features),
+    )
     log(*teacher.notes)
     if classes.embeddings is not None and classes.embeddings.shape[1] != teacher.dim:
         raise HdovdError(
@@ -92,7 +96,8 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
             f"CLIP gives {teacher.dim}: are they of another CLIP?"
         )
     for rows in (classes, *(() if nouns is None else (TextRows(nouns.vocabulary),))):
-        log(*rows.notes(teacher, config.templates))
+        if rows.embeddings is None:
+            log(*teacher.prompt_notes(rows.texts, config.templates))
     embedders = embedders_of(
         teacher, Pictures(split.images, split.path, table.offset, table.box, split.exif), config.recipe
     )
@@ -106,10 +111,9 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
             verdicts = read_verdicts(config.verdicts, table, nouns.vocabulary)
             told = {"identity": verdicts.identity(), "temperature": float(f"{temperature:.6g}"), "floor": FLOOR}
             origin = origin | {"verdicts": {"file": config.verdicts.name, "sha256": hash_file(config.verdicts)}}
-    inputs = level_inputs(teacher, table, nouns, classes, config.templates, embedders, rule, told)
     plans = plan_levels(
         catalog,
-        inputs,
+        level_inputs(teacher, table, nouns, classes, config.templates, embedders, rule, told),
         table,
         teacher.dim,
         part_rows=config.part_rows,
@@ -135,8 +139,8 @@ def cached_precision(catalog: Catalog | None, features: str, clip: KeyInputs) ->
     if catalog is None:
         return None
     named = catalog.sets().get(features, FeatureSet({})).levels
-    products = sorted(catalog.products(), key=lambda product: named.get(product.level) != product.key)
-    for found in (product.attributes["key_inputs"].get("clip", {}) for product in products):
+    for product in sorted(catalog.products(), key=lambda product: named.get(product.level) != product.key):
+        found = product.attributes["key_inputs"].get("clip", {})
         if all(found.get(name) == value for name, value in clip.items()):
             return Precision.of(found.get("compute_dtype"))
     return None
@@ -147,8 +151,8 @@ def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:
     nouns = offered_nouns(config.nouns, config.vocabulary, config.captions)
     if nouns is None:
         return None
-    source = f"--captions {config.captions}" if config.nouns is None else f"--nouns {config.nouns}"
     if not any(nouns.offered(image.id) for image in split.images):
+        source = f"--captions {config.captions}" if config.nouns is None else f"--nouns {config.nouns}"
         raise HdovdError(
             f"{source} has no noun for any of the {len(split.images)} training images (ids "
             f"{shorten([image.id for image in split.images], 4)}): it is of the captions of other images"
@@ -185,54 +189,47 @@ class ExtractReport:
     whole: bool = True
 
 
-def report_plan(
-    extraction: Extraction, costs: dict[Level, Cost] | None, config: ExtractConfig, processes: int
-) -> ExtractReport:
+def report_plan(extraction: Extraction, config: ExtractConfig, share: Share) -> ExtractReport:
     """Say the plan as a table, with what it will cost."""
     log(f"plan for {config.cache}", f"  {'level':13s}{'plan':8s}{'rows':>11s}{'new':>11s}{'new bytes':>11s}  key")
-    plans = extraction.plans
-    for plan in plans.values():
+    plans, report = extraction.plans, ExtractReport()
+    for level, plan in plans.items():
         new = plan.new_rows if plan.parts else (0 if plan.decision == "hit" else plan.rows)
         numbers = f"{plan.rows:11,d}{new:11,d}{size(new * plan.row_bytes):>11s}"
         log(
-            f"  {plan.level:13s}{plan.decision:8s}{numbers}  {plan.key[:12]}",
+            f"  {level:13s}{plan.decision:8s}{numbers}  {plan.key[:12]}",
             *(f"  {'':13s}{reason}" for reason in filter(None, plan.reason.split("; "))),
         )
-    report = ExtractReport(
-        {level: plan.decision for level, plan in plans.items()},
-        {level: plan.rows for level, plan in plans.items()},
-        {level: plan.new_rows for level, plan in plans.items()},
-    )
-    if costs is not None:
-        rows, memory = {level: plans[level].new_rows for level in costs}, extraction.teacher.peak_memory_bytes()
-        seconds = sum(cost.seconds(rows[level], extraction.workers) for level, cost in costs.items()) / processes
-        box, who = costs[Level.INSTANCE], counted(processes, "process", "processes")
+        report.levels[level], report.rows[level], report.new_rows[level] = plan.decision, plan.rows, plan.new_rows
+    new_rows = {level: plans[level].new_rows for level in (Level.IMAGE, Level.INSTANCE)}
+    if any(new_rows.values()) and share.speaks:
+        costs, memory = extraction.probe(), extraction.teacher.peak_memory_bytes()
+        seconds = sum(cost.seconds(new_rows[level], extraction.workers) for level, cost in costs.items())
+        box, who = costs[Level.INSTANCE], counted(share.processes, "process", "processes")
         log(
-            f"  {sum(rows.values()):,d} pictures and boxes: about {duration(seconds)} (a short probe: "
-            f"{1000 * box.cut_s:.2f} ms to cut, {1000 * box.embed_s:.2f} ms to embed a box; "
+            f"  {sum(new_rows.values()):,d} pictures and boxes: about {duration(seconds / share.processes)} (a short "
+            f"probe: {1000 * box.cut_s:.2f} ms to cut, {1000 * box.embed_s:.2f} ms to embed a box; "
             f"{who if config.executor is Executor.LOCAL else 'a worker'} with --workers {extraction.workers})"
             + ("" if memory is None else f"; GPU memory {size(memory)}")
         )
     return report
 
 
-def fill_cache(config: ExtractConfig, teacher: Teacher | None = None) -> ExtractReport:
+def fill_cache(
+    config: ExtractConfig, teacher: Teacher | None = None, prepared: Extraction | None = None
+) -> ExtractReport:
     """Fill the Zarr cache at `config.cache` with what it lacks: see `extract_clip`."""
     share = this_share(config.share)
-    if config.executor is not Executor.LOCAL:
-        executor = import_module(f"hdovd.pipelines.extraction.{config.executor}_executor")  # or an error, at once
-        if share.processes > 1:
-            raise HdovdError(
-                f"--executor {config.executor} shares the work out by itself: start one process, without --shard and "
-                f"torchrun"
-            )
-    extraction = prepare(config, teacher)
+    if config.executor is not Executor.LOCAL and share.processes > 1:
+        raise HdovdError(
+            f"--executor {config.executor} shares the work out by itself: start one process, without --shard and "
+            f"torchrun"
+        )
+    extraction = prepared or prepare(config, teacher)
     config = replace(
         config, precision=Precision.of(extraction.teacher.identity.get("compute_dtype")) or config.precision
     )
-    with_pictures = any(extraction.plans[level].new_rows for level in (Level.IMAGE, Level.INSTANCE))
-    costs = extraction.probe() if with_pictures and share.speaks else None
-    report = report_plan(extraction, costs, config, share.processes)
+    report = report_plan(extraction, config, share)
     if config.dry_run:
         log("a dry run: nothing was written")
         return report
@@ -242,9 +239,9 @@ def fill_cache(config: ExtractConfig, teacher: Teacher | None = None) -> Extract
     since = time.monotonic()
     try:
         if config.executor is Executor.RAY:
-            executor.do_with_ray(extraction, config, prepare)
+            do_with_ray(extraction, config, fill_cache)
         elif config.executor is Executor.SUBMITIT:
-            executor.do_with_submitit(extraction, config, fill_cache)
+            do_with_submitit(extraction, config, fill_cache)
         else:
             do_share(extraction, share)
     except KeyboardInterrupt:
@@ -262,32 +259,25 @@ def _finish(
         log("everything is there: nothing to extract")
     report.whole = extraction.whole
     if not report.whole:
-        mine, everything = (
-            [unit for unit in extraction.done if unit.level is not Level.PSEUDO_LABEL],
-            sum(map(len, extraction.units())),
-        )
+        made = sum(unit.level is not Level.PSEUDO_LABEL for unit in extraction.done)
         log(
-            f"this worker is done, it made {len(mine)} parts; {len(extraction.left())} of {everything} are other "
-            f"workers' or missing: when all have ended, the same command without --shard finishes what is left"
+            f"this worker is done, it made {made} parts; {len(extraction.left())} of "
+            f"{sum(map(len, extraction.units()))} are other workers' or missing: when all have ended, the same command "
+            f"without --shard finishes what is left"
         )
         return
     sets, origin = catalog.sets(), extraction.origin
-    before = sets.get(config.features)
-    if (
-        before is not None
-        and origin.get("made_by") is None
-        and before.proposals.get("identity") == origin.get("identity", "")
-    ):
-        origin = origin | {
-            "made_by": before.proposals.get("made_by")
-        }  # a file that was moved without its sidecar takes nothing away
+    keys = {level: plan.key for level, plan in extraction.plans.items()}
+    before = sets.get(config.features, FeatureSet({}))
+    if origin.get("made_by") is None and before.proposals.get("identity") == origin.get("identity", ""):
+        origin = origin | {"made_by": before.proposals.get("made_by")}  # a file that was moved without its sidecar
     features = FeatureSet(
-        extraction.keys(),
+        keys,
         extraction.split.skips.by_reason,
         config.to_dict(),
         origin,
         object_text_entry(extraction.teacher, extraction.templates, sets.values()),
-        before.label_weights if before is not None and before.levels == extraction.keys() else {},
+        before.label_weights if before.levels == keys else {},
     )
     if before != features:
         catalog.write_set(config.features, features)
@@ -304,8 +294,6 @@ def _finish(
                 else "ignore left as stored; were the boxes drawn on upright pictures? --exif apply"
             )
         )
-    if before is not None and not before.object_text:
-        log(f'set {config.features}: the text embedding of "object" was added')
     for level in (Level.IMAGE, Level.INSTANCE):
         report.failed |= extraction.product(level).failed()
     log(*(f"failed: image {image_id}: {reason}" for image_id, reason in list(report.failed.items())[:20]))
@@ -330,8 +318,10 @@ def _finish(
 def _weigh_labels(extraction: Extraction, catalog: Catalog, config: ExtractConfig, features: FeatureSet) -> None:
     """Fit the weight of pseudo labels to base boxes, keep it with the set, and say what to expect of them."""
     cache, fitted = FeatureCache(config.cache, config.features), features.label_weights
-    on = on_object(features.proposals)
-    if (fitted.get("failed"), fitted.get("proposals_on_object")) != (len(cache.failed()), on):
+    if (fitted.get("failed"), fitted.get("proposals_on_object")) != (
+        len(cache.failed()),
+        on_object(features.proposals),
+    ):
         evidence = label_evidence(cache, extraction.split, extraction.base_names, extraction.offered)
         try:
             fitted = evidence.fitted_to(cache)
@@ -351,7 +341,7 @@ def extract_to_tars(config: ExtractConfig, teacher: Teacher | None = None) -> Ex
     Raises HdovdError for bad input, or if the folder holds anything else.
     """
     folder, share = open_folder(config.cache), this_share(config.share)
-    inner = replace(config, cache=f"{config.cache}/{ZARR}", store=Store.ZARR)
+    inner, extraction = replace(config, cache=f"{config.cache}/{ZARR}", store=Store.ZARR), None
     if folder.exists("zarr.json"):
         raise HdovdError(
             f"{config.cache} is a Zarr cache: give the shards another folder, or make them with hdovd cache export"
@@ -361,18 +351,14 @@ def extract_to_tars(config: ExtractConfig, teacher: Teacher | None = None) -> Ex
         if config.precision is Precision.AUTO:
             known = (Precision.of(inputs.get("clip", {}).get("compute_dtype")) for inputs in meta.key_inputs().values())
             inner = replace(inner, precision=next(filter(None, known), Precision.AUTO))
-        said = list[str]()
-        with lines_to(said.append):  # and once more where there is something to extract
-            extraction = prepare(inner, teacher)
+        extraction = prepare(inner, teacher)
         _require_same(config, extraction, meta)
         if not unfinished_shards(folder, range(meta.shards)) and not folder.exists(f"{ZARR}/zarr.json"):
-            log(*said)
             return _hit(config, extraction, meta)
-        teacher = extraction.teacher
     if config.dry_run:
-        return fill_cache(inner, teacher)
+        return fill_cache(inner, teacher, extraction)
     with folder.claim(f"worker-{share.index * share.world + share.rank}", wait=False):
-        report = fill_cache(inner, teacher)
+        report = fill_cache(inner, teacher, extraction)
     if report.whole:
         for other in range(share.processes):  # nobody may be reading what is deleted
             with folder.claim(f"worker-{other}", wait=True):
@@ -412,7 +398,7 @@ def _require_same(config: ExtractConfig, extraction: Extraction, meta: TarMeta) 
         raise HdovdError(
             f"{config.cache} holds the set of features {meta.name}, not {config.features}: give another folder"
         )
-    expected = {str(plan.level): plan.inputs for plan in extraction.plans.values()}
+    expected = {str(level): plan.inputs for level, plan in extraction.plans.items()}
     found = {str(level): inputs for level, inputs in meta.key_inputs().items()}
     require_same(expected, found, f"{config.cache} holds tar shards made from something else; give another folder")
 
@@ -425,7 +411,7 @@ def _hit(config: ExtractConfig, extraction: Extraction, meta: TarMeta) -> Extrac
         )
     for plan in extraction.plans.values():
         plan.decision, plan.reason, plan.missing = "hit", "", []
-    report = report_plan(extraction, None, config, 1)
+    report = report_plan(extraction, config, Share())
     report.failed = meta.failed()
     log("everything is there: nothing to extract")
     if not config.dry_run:
@@ -445,6 +431,5 @@ def extract_clip(config: ExtractConfig, teacher: Teacher | None = None) -> Extra
     `teacher`: another model than the CLIP that `config` names.
     """
     config.check()
-    extract = extract_to_tars if config.store is Store.WEBDATASET else fill_cache
     with quiet(not this_share(config.share).speaks):
-        return extract(config, teacher)
+        return extract_to_tars(config, teacher) if config.store is Store.WEBDATASET else fill_cache(config, teacher)

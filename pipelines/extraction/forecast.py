@@ -27,12 +27,10 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, size
 from hdovd.pipelines.common.device import workers_for
-from hdovd.pipelines.embedding.embedders import Cutter
-from hdovd.pipelines.embedding.feed import GPU_THREADS, in_order, own_threads
-from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.embedding.embedders import GPU_THREADS, Cutter, in_order, own_threads
+from hdovd.pipelines.extraction.config import ExtractConfig, ForecastConfig
 from hdovd.pipelines.extraction.engine import Extraction
 from hdovd.pipelines.extraction.extract_clip import prepare
-from hdovd.pipelines.extraction.forecast_config import ForecastConfig
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 
@@ -69,11 +67,12 @@ def make_world(
             for box, score in zip(found.round(2).tolist(), rng.uniform(0, 1, count).round(4).tolist(), strict=True):
                 yield {"image_id": image, "bbox": box, "score": score}
 
-    names = load_protocol("ov-coco").names
     _write(
         folder / "annotations.json",
         {
-            "categories": ({"id": number, "name": name} for number, name in enumerate(names, 1)),
+            "categories": (
+                {"id": number, "name": name} for number, name in enumerate(load_protocol("ov-coco").names, 1)
+            ),
             "images": (
                 {"id": k, "file_name": f"{k % pictures}.{file_type}", "width": width, "height": height}
                 for k in range(images)
@@ -138,10 +137,10 @@ def forecast(config: ForecastConfig, folder: Path) -> dict[str, Any]:
     config = replace(config, batch_size=batch_size, workers=workers, folder=folder)
     pixels = torch.randint(256, (batch_size, *clip.input_size, 3), dtype=torch.uint8, device=clip.device)
     pixels = pixels.permute(0, 3, 1, 2)
-    _model_only(clip, pixels, 2 * torch.get_num_threads())  # prepares what later calls use
-    guess = _model_only(clip, pixels, 2 * torch.get_num_threads())
+    cores = torch.get_num_threads()
+    _model_only(clip, pixels, 2 * cores)  # prepares what later calls use
     of_image = config.boxes * len(config.crop.scales) + 1  # crops
-    images = config.images or max(4, round(guess * ROUND_S / of_image))
+    images = config.images or max(4, round(_model_only(clip, pixels, 2 * cores) * ROUND_S / of_image))
     log(f"making {images:,d} pictures of {config.picture[0]}x{config.picture[1]} with {config.boxes} boxes each")
     proposals = max(1, config.boxes // 2)
     make_world(
@@ -161,10 +160,9 @@ def forecast(config: ForecastConfig, folder: Path) -> dict[str, Any]:
         rounds.append((bare, crops / _seconds(partial(extraction.do, extraction.units()[1]))))
     model_only, end_to_end = (median(values) for values in zip(*rounds, strict=True))
     at_scale = 1 / (1 / model_only + max(0.0, 1 / end_to_end - 1 / model_only) * crops / real)
-    cores = torch.get_num_threads()
-    stages = _preparation(_begun(config, clip, folder, "preparation"), workers or cores)
-    stages["writing"] = _writing(folder, clip.dim)
-    rates = {"the model": model_only, "preparation": stages["both: preparation"], "writing": stages["writing"]}
+    preparation = _preparation(_begun(config, clip, folder, "preparation"), workers or cores)
+    stages = {"preparation": preparation, "writing": _writing(folder, clip.dim)}
+    rates = {"the model": model_only} | stages
     of_images, of_boxes = config.data_set
     in_boxes = sum(np.dtype(TABLE_ARRAYS[Level.BOXES][name]).itemsize for name in ("source", "score", "annotation_id"))
     return {
@@ -224,22 +222,16 @@ def _model_only(clip: ClipTeacher, pixels: torch.Tensor, batches: int) -> float:
         return batches * len(pixels) / _seconds(lambda: list(run))
 
 
-def _preparation(extraction: Extraction, processes: int) -> dict[str, float]:
-    """Crops a second that so many processes read, and cut and resize, from what one core takes for some boxes; the best
-    of three.
+def _preparation(extraction: Extraction, processes: int) -> float:
+    """Crops a second that so many processes read, cut and resize, from what one core takes for some boxes; the best of
+    three.
     """
     embedder, offset = extraction.embedders[Level.INSTANCE], extraction.table.offset
     jobs = embedder.jobs(np.arange(offset[np.searchsorted(offset, min(STAGE_BOXES, offset[-1]))]))
     cutter, crops = Cutter(embedder.fit, embedder.input_size), sum(job.count for job in jobs)
-    pictures = [cutter.read(job) for job in jobs]
-
-    def rate(work: Callable[[], object]) -> float:
-        with own_threads(1) as pool:
-            return processes * crops / min(pool.submit(_seconds, work, time.thread_time).result() for _ in range(3))
-
-    decode = rate(lambda: [cutter.read(job) for job in jobs])
-    cut = rate(lambda: [list(cutter.crops(read.pixels, job)) for read, job in zip(pictures, jobs, strict=True)])
-    return {"decoding": decode, "crop and resize": cut, "both: preparation": 1 / (1 / decode + 1 / cut)}
+    prepare = partial(cutter.batch, jobs, crops)
+    with own_threads(1) as pool:
+        return processes * crops / min(pool.submit(_seconds, prepare, time.thread_time).result() for _ in range(3))
 
 
 def _writing(folder: Path, dim: int) -> float:

@@ -1,5 +1,5 @@
 """What determines each level of a cache, computed alike by extraction and by training: all images and boxes as one
-table, what stands for each picture in it, and what made the levels.
+table, what stands for each picture in it, what the rows of texts are made from, and what made the levels.
 
 The table is the row order of every level that has a row a box or an image. N images, M boxes: image by image in file
 order, base boxes before proposals, proposals best first.
@@ -8,29 +8,44 @@ What stands for a picture (`image_hash`) tells two pictures of one name apart: a
 content where the cache has another picture of that name. Files of the place, size and time that the cache knows are not
 read; others are hashed.
 
+Rows of the class and noun levels (K names, D embedding size) are made from names, several names of one class, or a file
+of class embeddings. The text embedding of the word "object", by which AdaMixer knows objects, is kept in the set's own
+file: as a level of the cache, or a row among the classes, one row would give every cache that is there other keys.
+
 `data_inputs` holds what the training set decides; training asks the cache for exactly that.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from hdovd.cache.catalog import FeatureSet
 from hdovd.cache.identity import KeyInputs, hash_tables, key_of, table_inputs
 from hdovd.cache.picture_files import FILE, PictureFile, known_files, place_of
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import SCHEMA_VERSION, TABLE_ARRAYS, Level, Source
-from hdovd.core.errors import HdovdError, counted, shorten
+from hdovd.core.errors import HdovdError, Unfit, counted, require_readable, shorten
+from hdovd.core.log import log
+from hdovd.core.text_files import checked_name, read_toml, shown
 from hdovd.data.coco import Exif, ImageBoxes, Split
+from hdovd.modeling.base import Detector
+from hdovd.pipelines.common.tensors import floats, load_pth, load_tensors
 from hdovd.pipelines.embedding.embedders import Embedder
 from hdovd.pipelines.extraction.config import ONE_NOUN, LabelRule
-from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.proposal_files.file import NO_PROPOSALS, Proposals
 from hdovd.pipelines.teachers.base import Teacher
+from hdovd.pipelines.teachers.prompts import Name, said
 
 READERS = 8  # threads that hash
 
@@ -100,35 +115,18 @@ def box_table(
 
 def match_rows(wanted: Sequence[np.ndarray], have: Sequence[np.ndarray]) -> np.ndarray:
     """For every row of the columns `wanted` the row of the columns `have` with the same bytes, or -1: (rows,) int64."""
+    if not len(wanted[0]) or not len(have[0]):
+        return np.full(len(wanted[0]), -1, np.int64)
     a, b = _row_bytes(wanted), _row_bytes(have)
-    if not len(a) or not len(b):
-        return np.full(len(a), -1, np.int64)
-    codes_a, codes_b = _mixed(a), _mixed(b)
-    order = np.argsort(codes_b, kind="stable")
-    at = np.minimum(np.searchsorted(codes_b[order], codes_a), len(b) - 1)
-    found = order[at]
-    same: np.ndarray = (a == b[found]).all(axis=1)  # whatever the codes say
-    return np.where(same, found, -1)
+    order = np.argsort(b, kind="stable")
+    found = order[np.minimum(np.searchsorted(b[order], a), len(b) - 1)]
+    return np.where(b[found] == a, found, -1)
 
 
 def _row_bytes(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Columns (n, ...) of 4 or 8 bytes a value as (n, w) uint32."""
-    return np.concatenate(
-        [
-            np.ascontiguousarray(c).view(np.uint32).reshape(len(c), -1) if len(c) else np.zeros((0, 1), np.uint32)
-            for c in columns
-        ],
-        axis=1,
-    )
-
-
-def _mixed(rows: np.ndarray) -> np.ndarray:
-    """A 64-bit code a row."""
-    code = np.zeros(len(rows), np.uint64)
-    for column in rows.T:
-        code = (code ^ column) * np.uint64(0x9E3779B97F4A7C15)
-        code ^= code >> np.uint64(29)
-    return code
+    """Columns (n, ...) of 4 or 8 bytes a value as (n,) bytes."""
+    rows = np.concatenate([np.ascontiguousarray(c).view(np.uint32).reshape(len(c), -1) for c in columns], axis=1)
+    return rows.view(f"V{4 * rows.shape[1]}")[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +161,7 @@ def image_hash(image: ImageBoxes, content: bytes = b"") -> int:
 
 def picture_hashes(split: Split, products: Iterable[Product]) -> PictureHashes:
     """What stands for the pictures of a split, by what `products` know of them."""
-    with_pictures = [product for product in products if product.level in (Level.IMAGE, Level.INSTANCE)]
+    with_pictures = (product for product in products if product.level in (Level.IMAGE, Level.INSTANCE))
     known = np.concatenate([np.zeros(0, FILE), *map(known_files, with_pictures)])
     known = known[np.argsort(known["image_id"], kind="stable")]
     files = np.zeros(len(split.images), FILE)
@@ -221,6 +219,189 @@ def files_of(read: dict[int, PictureFile], known: np.ndarray, numbers: Iterable[
     return files[files["size"] >= 0]
 
 
+# --- texts ---
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextRows:
+    """Names in row order. `synonyms`: all the names of a row, its own among them or not, where it has others than its
+    own.
+
+    `embeddings`: (K, D) float32 as a file has them, instead of CLIP's text embeddings of the names.
+    """
+
+    names: tuple[str, ...]
+    synonyms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    embeddings: np.ndarray | None = None
+
+    @property
+    def texts(self) -> list[Name]:
+        """What goes into each row, (K)."""
+        return [said(self.synonyms.get(name, name)) for name in self.names]
+
+    def inputs(self, clip: Teacher, templates: Sequence[str]) -> KeyInputs:
+        """What determines the rows. Rows of a file are taken to be of the CLIP that they are used with: no file says
+        it.
+        """
+        if self.embeddings is not None:
+            return {
+                "clip": clip.identity,
+                "names": list(self.names),
+                "class_embeddings": hash_tables([self.embeddings]),
+            }
+        return {
+            "clip": clip.identity,
+            "templates": list(templates),
+            "names": list(self.names),
+            "tokens": clip.hash_prompts(self.texts, templates),
+            **({"synonyms": {name: list(names) for name, names in self.synonyms.items()}} if self.synonyms else {}),
+        }
+
+    def embed(self, clip: Teacher, templates: Sequence[str], start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of K: (n, D) float32, L2-normalised."""
+        if self.embeddings is None:
+            return clip.embed_names(self.texts[start:stop], templates)
+        rows = self.embeddings[start:stop].astype(np.float64)  # the norms of float32 numbers do not overflow there
+        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+
+def read_synonyms(file: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """All names of the classes that `file` lists: TOML, as protocols are, since JSON takes a class that is listed twice
+    without a word.
+
+        couch = ["couch", "sofa"]
+        "hot dog" = ["hot dog", "sausage in a bun"]
+
+    A class that has its own name alone is left out. Raises HdovdError.
+    """
+    where, example = f"--synonyms {file}", 'couch = ["couch", "sofa"], one class a line, quoted where it has spaces'
+    tree = read_toml(file, "--synonyms", f"TOML such as {example}")
+    if unknown := [name for name in tree if name not in names]:
+        near = {name: get_close_matches(name, names, 1, cutoff=0.3) for name in unknown}
+        raise HdovdError(
+            f"{where}: no classes of the protocol: "
+            + shorten([repr(name) + (f" (the nearest is {n[0]!r})" if n else "") for name, n in near.items()])
+            + f". Each key is a class, its value all names of it: {example}"
+        )
+    for name, found in tree.items():
+        if not isinstance(found, list) or not found:
+            raise HdovdError(f"{where}: {name} must be a list of names, not {shown(found)}")
+        for other in found:
+            checked_name(other, f"{where}: {name} must be a list of names: one")
+        if twice := sorted({n for n in found if found.count(n) > 1}):
+            raise HdovdError(f"{where}: {name} lists {shorten(list(twice))} twice")
+    return {name: tuple(tree[name]) for name in names if name in tree and tree[name] != [name]}
+
+
+def read_class_embeddings(
+    file: Path, names: Sequence[str], *, each: str = "class of the protocol, base then novel"
+) -> np.ndarray:
+    """(K, D) float32, the rows of a .npy, .safetensors, .pt or .pth file in the order of `names`, as they are. `each`:
+    what has a row.
+
+    Raises HdovdError if they do not fit, or cannot be normalised.
+    """
+    where = f"--class-embeddings {file}"
+    try:
+        require_readable(file)
+        rows = read_rows(file)
+    except HdovdError as error:
+        raise HdovdError(f"--class-embeddings: {error}") from error
+    if rows.ndim != 2 or len(rows) != len(names) or not rows.shape[1]:
+        raise HdovdError(
+            f"{where} has shape {rows.shape}, expected ({len(names)}, D): a row for each {each}, "
+            f"{names[0]} first and {names[-1]} last"
+        )
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    if bad := np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist():
+        raise HdovdError(
+            f"{where}: {len(bad)} of {len(rows)} rows cannot be normalised, they are zero or not finite: "
+            + shorten([f"{row} ({names[row]})" for row in bad])
+        )
+    return rows
+
+
+def read_rows(file: Path) -> np.ndarray:
+    """The one array of floating-point numbers that a file holds, as float32. Raises Unfit."""
+    if file.suffix == ".npy":
+        try:
+            array = np.load(
+                file, mmap_mode="r", allow_pickle=False
+            )  # mapped: a file too short for its shape is an error
+            found: Any = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+        except (ValueError, OSError, EOFError, TypeError) as error:
+            raise Unfit(f"{file} is no .npy file of numbers, or damaged ({error})") from error
+    elif file.suffix == ".safetensors":
+        found = load_tensors(file)
+    elif file.suffix in (".pt", ".pth"):
+        found = load_pth(file)
+    else:
+        raise Unfit(f"{file}: expected .npy, .safetensors, .pt or .pth, not {file.suffix or 'a name without ending'}")
+    if isinstance(found, dict):
+        if len(found) != 1:
+            raise Unfit(
+                f"{file} holds {shorten([_described(name, value) for name, value in found.items()]) or 'nothing'}: "
+                "expected one tensor, save the one that is meant alone"
+            )
+        (found,) = found.values()
+    return floats(found, str(file))
+
+
+def _described(name: Any, value: Any) -> str:
+    return f"{name} {tuple(value.shape)}" if hasattr(value, "shape") else f"{name} (a {type(value).__name__})"
+
+
+WORD = "object"
+
+
+def object_text_entry(clip: Teacher, templates: Sequence[str], sets: Iterable[FeatureSet]) -> dict[str, Any]:
+    """What a set keeps: the key of what made the row, and the row as float16 values; that of a set of the cache which
+    has it.
+    """
+    rows = TextRows((WORD,))
+    key = key_of(rows.inputs(clip, templates))
+    for features in sets:
+        if features.object_text.get("key") == key:
+            return dict(features.object_text)
+    return {"key": key, "embedding": rows.embed(clip, templates, 0, 1)[0].astype(np.float16).tolist()}
+
+
+def object_text_of(features: FeatureSet, dim: int, where: str) -> Tensor | None:
+    """(D,) float32, normalised; None if the set has none. Raises HdovdError, naming `where`, if it is damaged."""
+    if not features.object_text:
+        return None
+    try:
+        row = torch.tensor(features.object_text["embedding"], dtype=torch.float32)
+    except (KeyError, TypeError, ValueError):
+        row = torch.zeros(0)
+    if row.shape != (dim,) or not row.isfinite().all() or not row.any():
+        raise HdovdError(
+            f'{where}: the text embedding of "{WORD}" is damaged (expected {dim} finite values): delete object_text from '  # noqa: E501
+            f"the set's file and run its extract-clip again"
+        )
+    return F.normalize(row, dim=0)
+
+
+def give_object_text(model: Detector, row: Tensor | None, where: str) -> dict[str, str]:
+    """Tell a detector what an object is, unless it knows or has no use for it; returns what the run's record says of
+    it.
+    """
+    if model.knows_objects:
+        return {}
+    if row is None:
+        log(
+            f'{where} has no text embedding of "{WORD}": the hdovd extract-clip command that made a Zarr cache adds it, and extracts '  # noqa: E501
+            "nothing else again; tar shards get it by hdovd cache export of that cache"
+        )
+        return {"object_text": "mean of the base classes"}
+    model.set_object_text(row)
+    log(f'the text embedding of "{WORD}" is that of {where}')
+    return {"object_text": "cache"}
+
+
+# --- levels ---
+
+
 def data_inputs(images: Sequence[ImageBoxes], hashes: np.ndarray | None = None) -> dict[Level, KeyInputs]:
     """The part of the identities that follows from the training images and base boxes. hashes: as `box_table`
     takes them.
@@ -276,8 +457,7 @@ def level_inputs(
     the identity of labels says of them.
     """
     schema: KeyInputs = {"schema_version": SCHEMA_VERSION}
-    given = table.inputs()
-    exif = str(embedders[Level.IMAGE].pictures.exif)
+    given, exif = table.inputs(), str(embedders[Level.IMAGE].pictures.exif)
     pictures = {**schema, "clip": clip.identity, "images": given["images"], "exif": exif}
     inputs: dict[Level, KeyInputs] = {
         Level.BOXES: {**schema, **given},

@@ -86,11 +86,10 @@ def write_verdicts(path: Path, lines: Iterable[tuple[int, list[float], dict[str,
     Whole or absent.
     """
     keys = ("image_id", "bbox", "names", "others", "background")
-    texts = (json.dumps(dict(zip(keys, line, strict=True))) for line in lines)
 
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as file:
-            file.writelines(f"{text}\n" for text in texts)
+            file.writelines(json.dumps(dict(zip(keys, line, strict=True))) + "\n" for line in lines)
 
     replace_file(path, write)
 
@@ -132,8 +131,7 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
             f"{path} names no proposal by a noun of the vocabulary ({len(vocabulary)} nouns, such as "
             f"{shorten([*vocabulary], 4)}): give --nouns or --vocabulary with the names that it uses"
         )
-    proposals = int((table.source == Source.PROPOSAL).sum())
-    log(f"verdicts of {path}: on {len(np.unique(rows)):,d} of {proposals:,d} proposals")
+    log(f"verdicts of {path}: on {len(np.unique(rows)):,d} of {(table.source == Source.PROPOSAL).sum():,d} proposals")
     order, counts = np.lexsort((nouns_of_rows, rows)), np.bincount(rows + 1, minlength=len(table.box) + 1)
     logs = (
         np.log(shares.clip(FLOOR, 1)).astype(np.float32) for shares in (scores_of_rows[order], of_others, of_grounds)
@@ -337,11 +335,10 @@ def label_rows(
         if len(rows):
             image_id = int(table.image_id[number])
             own = None if offered is None else offered.get(image_id, ())
-            crops = torch.from_numpy(embeddings[rows].astype(np.float32))
             added = prior(own, len(texts), rule, None if barred is None else barred[image_id])
             if verdicts is not None:
                 added = added + temperature * verdicts.of_rows(start + rows, len(texts), rule.backgrounds)
-            found, weights, best = best_nouns(crops, texts, rule, added)
+            found, weights, best = best_nouns(torch.from_numpy(embeddings[rows].astype(np.float32)), texts, rule, added)
             k = found.shape[1]
             top_noun[rows, :k], top_weight[rows, :k], cosine[rows] = found.numpy(), weights.numpy(), best.numpy()
     arrays = {"noun": top_noun[:, 0], "noun_cosine": cosine}

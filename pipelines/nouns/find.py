@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,18 +23,21 @@ from hdovd.core.log import log
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.name_list import GENERAL, read_vocabulary, shipped
-from hdovd.pipelines.nouns.allowed import Nouns, named_novel, read_captions, write_noun_file
-from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsConfig, Parser
-from hdovd.pipelines.nouns.matching import (
+from hdovd.pipelines.nouns.allowed import (
     Found,
     Match,
     MatchFinder,
     NameMatcher,
+    Nouns,
     StopList,
+    named_novel,
     noun_words,
+    read_captions,
     singular,
     unmatched,
+    write_noun_file,
 )
+from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsConfig, Parser
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -73,13 +77,13 @@ def find_nouns(job: NounsConfig) -> NounsReport:
             f"vocabulary has its way, --stop-list takes them out"
         )
     images = set[int]()
-    found = finder(read_captions(job.captions, images))
-    report = _collect(progress(found, "nouns", "caption"), images, finder.vocabulary)
+    found = progress(finder(read_captions(job.captions, images)), "nouns", "caption")
+    report = _collect(found, images, finder.vocabulary)
     if not any(report.images_of.values()):
         raise HdovdError(
             f"{job.captions}: {report.captions} captions, and none holds a noun"
             + ("" if finder.vocabulary is None else f" of the vocabulary ({len(finder.vocabulary)} names)")
-            + ": are they of one language? The nouns are looked for in English"
+            + ": are they of one language? The nouns are looked for in English, and spaCy's pipeline needs a tagger"
         )
     vocabulary = report.nouns.vocabulary
     report.novel = {name: _images_with(name, report) for name in named_novel(vocabulary, protocol.novel)}
@@ -119,7 +123,7 @@ def _finder(job: NounsConfig, stop: StopList) -> tuple[MatchFinder | ParsingFind
         }
     pipeline = load_parser(job.spacy_model)
     model = "_".join(str(pipeline.meta.get(key, "")) for key in ("lang", "name"))
-    return ParsingFinder(pipeline, job.spacy_model, given, stop), {
+    return ParsingFinder(pipeline, given, stop), {
         "name": str(parser),
         "spacy": version("spacy"),
         "model": model,
@@ -137,11 +141,8 @@ def _collect(found: Iterable[Found], images: set[int], vocabulary: tuple[str, ..
         lacking.update(set(one.unmatched))
     names = {image_id: names.get(image_id, set()) for image_id in sorted(images)}
     known = tuple(sorted(set().union(*names.values()))) if vocabulary is None else vocabulary
-    row_of = {name: row for row, name in enumerate(known)}
-    by_image = {image_id: tuple(sorted(row_of[name] for name in own)) for image_id, own in names.items()}
-    images_of = Counter(known[row] for own in by_image.values() for row in own)
-    without = sum(not own for own in by_image.values())
-    return NounsReport(Nouns(known, by_image), count, images_of, lacking, images_without=without)
+    images_of, without = Counter(chain.from_iterable(names.values())), sum(not own for own in names.values())
+    return NounsReport(Nouns.of(known, names), count, images_of, lacking, images_without=without)
 
 
 def _images_with(novel: str, report: NounsReport) -> int:
@@ -152,11 +153,10 @@ def _images_with(novel: str, report: NounsReport) -> int:
 
 def report_lines(job: NounsConfig, report: NounsReport, novel: int) -> list[str]:
     images = len(report.nouns.by_image or ())
-    each = sum(report.images_of.values()) / images
     lines = [
-        f"{job.out}: {report.captions:,d} captions of {images:,d} images; {each:.2f} nouns an image, "
-        f"{report.images_without:,d} images without one; {len(report.images_of):,d} of "
-        f"{len(report.nouns.vocabulary):,d} names occur",
+        f"{job.out}: {report.captions:,d} captions of {images:,d} images; "
+        f"{sum(report.images_of.values()) / images:.2f} nouns an image, {report.images_without:,d} images without one; "
+        f"{len(report.images_of):,d} of {len(report.nouns.vocabulary):,d} names occur",
         "in most images: " + _listed(_most(report.images_of, SHOWN)),
     ]
     if report.unmatched:
@@ -235,8 +235,8 @@ class ParsingFinder:
     the rest is left.
     """
 
-    def __init__(self, pipeline: Language, model: str, vocabulary: Sequence[str] | None, stop: StopList) -> None:
-        self.pipeline, self.model, self._stop = pipeline, model, stop
+    def __init__(self, pipeline: Language, vocabulary: Sequence[str] | None, stop: StopList) -> None:
+        self.pipeline, self._stop = pipeline, stop
         self.vocabulary = None if vocabulary is None else tuple(vocabulary)
         self._names = tuple(shipped(GENERAL) if vocabulary is None else vocabulary)
         self.stopped = stop.overruled(self._names)
@@ -244,20 +244,12 @@ class ParsingFinder:
 
     def __call__(self, captions: Iterable[tuple[int, str]]) -> Iterator[Found]:
         texts = ((caption, image_id) for image_id, caption in captions)
-        tagged = False
         for doc, image_id in self.pipeline.pipe(texts, as_tuples=True, batch_size=BATCH):
-            tagged = tagged or any(token.pos_ for token in doc)
             yield self.nouns(doc, image_id)
-        if not tagged:
-            raise HdovdError(
-                f"--spacy-model {self.model} tags no part of speech in any caption: it takes a pipeline with a tagger, "
-                "such as en_core_web_sm"
-            )
 
     def nouns(self, doc: Doc, image_id: int) -> Found:
         """The nouns of one caption."""
-        parsed = doc.has_annotation("DEP")
-        words = [word for token in doc for word in _words(token, parsed)]
+        words = [word for token in doc for word in _words(token, doc.has_annotation("DEP"))]
         texts = [word.text for word in words]
         matches = [
             m

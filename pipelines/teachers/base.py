@@ -30,10 +30,9 @@ class Activation(StrEnum):
 class Teacher(Protocol):
     """Embeds pictures and names. n pictures or texts, D embedding size.
 
-    `fit`: a picture (3, h, w) uint8 -> (3, *input_size) uint8; called in worker processes. `identity`: what determines
-    the answers, preprocessing aside; JSON values. `notes`: what a user should read. `made_with`: what a user may want
-    to know later, of no weight in the identity. It may also have a `temperature`, of its softmax over cosines: 1 / the
-    logit scale, 0.01 without.
+    `identity`: what determines the answers, preprocessing aside; JSON values. `notes`: what a user should read.
+    `made_with`: what a user may want to know later, of no weight in the identity. It may also have a `temperature`, of
+    its softmax over cosines: 1 / the logit scale, 0.01 without.
     """
 
     dim: int
@@ -43,13 +42,16 @@ class Teacher(Protocol):
     made_with: dict[str, Any] = {}  # noqa: RUF012  # nothing adds to it
 
     @property
-    def input_size(self) -> tuple[int, int]: ...
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the model's input."""
 
     @property
-    def fit(self) -> Callable[[Tensor], Tensor]: ...
+    def fit(self) -> Callable[[Tensor], Tensor]:
+        """Resizes a picture, (3, h, w) uint8 -> (3, *input_size) uint8; called in worker processes."""
 
     @property
-    def preprocessing(self) -> dict[str, Any]: ...
+    def preprocessing(self) -> dict[str, Any]:
+        """What of it determines embeddings, as JSON values: a part of the identity of pictures."""
 
     def embed_images(self, pixels: Tensor) -> np.ndarray:
         """(n, 3, *input_size) uint8 -> (n, D) float32, L2-normalised. Called by several threads at once."""
@@ -61,9 +63,7 @@ class Teacher(Protocol):
         """A hash of what the text tower is given for every prompt: the tokenizer's part of the identity."""
 
     def prompt_notes(self, names: Sequence[Name], templates: Sequence[str]) -> list[str]:
-        """What the user should know of the prompts: which are too long for the text tower, and which names it cannot
-        tell apart.
-        """
+        """What the user should know of the prompts: which are too long for the text tower."""
         return []
 
     def best_batch(self) -> int:

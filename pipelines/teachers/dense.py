@@ -46,7 +46,13 @@ class DenseClip:
 
     def __init__(self, visual: nn.Module, side: int) -> None:
         """Raises HdovdError if the tower has no map that boxes could be taken from, or none at this side."""
-        self._tower, self._side = _tower(visual, side), side
+        cell = _cell(visual)
+        if side < cell or side % cell:
+            raise HdovdError(
+                f"side {side}: the feature map of this CLIP has cells of {cell} pixels, so the side is a multiple of "
+                f"that, such as {near_side(visual, side)}"
+            )
+        self._tower, self._side = _tower(visual, side, side // cell), side
         self._device = next(visual.parameters()).device
 
     @property
@@ -82,31 +88,17 @@ class DenseClip:
 
 
 def near_side(visual: nn.Module, side: int) -> int:
-    """The side next to `side` of which the tower's map has whole cells. Raises HdovdError as `DenseClip` does."""
+    """The side next to `side` of which the tower's map has whole cells."""
     cell = _cell(visual)
     return max(cell, round(side / cell) * cell)
 
 
 def _cell(visual: nn.Module) -> int:
-    """Input pixels a side of a cell of the tower's map; 1 where there is none. Raises HdovdError if it is no square."""
+    """Input pixels a side of a cell of the tower's map; 1 where there is none."""
     if isinstance(visual, ModifiedResNet):
         return 16  # of layer 3
     patched: Any = getattr(visual.trunk, "patch_embed", None) if isinstance(visual, TimmModel) else visual
-    height, width = to_2tuple(getattr(patched, "patch_size", 1))
-    if height != width:
-        raise HdovdError(f"no dense features of a CLIP whose patches are {height}x{width} pixels: they must be square")
-    return int(height)
-
-
-def _cells(visual: nn.Module, side: int) -> int:
-    """Cells a side of the map of S x S pixels. Raises HdovdError if they are not whole."""
-    cell = _cell(visual)
-    if side < cell or side % cell:
-        raise HdovdError(
-            f"side {side}: the feature map of this CLIP has cells of {cell} pixels, so the side is a multiple of that, "
-            f"such as {near_side(visual, side)}"
-        )
-    return side // cell
+    return int(to_2tuple(getattr(patched, "patch_size", 1))[0])  # they are square
 
 
 def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:
@@ -114,24 +106,20 @@ def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:
     return boxes * boxes.new_tensor([side / width, side / height] * 2)
 
 
-def _tower(visual: nn.Module, side: int) -> "_ResNet | _OpenClipVit | _TimmVit":
+def _tower(visual: nn.Module, side: int, cells: int) -> "_ResNet | _OpenClipVit | _TimmVit":
     """The two halves of a visual tower: `map` (b, 3, S, S) -> (b, C, h, w), `pool` (n, C, k, k) -> (n, D).
-    `samples`: a side of a bin; -1: one a cell.
+    `samples`: a side of a bin; -1: one a cell. cells: a side of the map.
     """
     if isinstance(visual, ModifiedResNet):
-        return _ResNet(visual, side)
+        return _ResNet(visual)
     if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type in ("tok", "avg"):
-        return _OpenClipVit(visual, side)
+        return _OpenClipVit(visual, cells)
     if isinstance(visual, TimmModel) and isinstance(visual.trunk, TimmVisionTransformer | Eva) and _is_plain(visual):
-        return _TimmVit(visual, side)
-    name = type(visual).__name__ + (" with attentional pool" if isinstance(visual, VisionTransformer) else "")
-    if isinstance(visual, TimmModel):
-        trunk = visual.trunk
-        name = f"timm {type(trunk).__name__}"
-        if isinstance(trunk, TimmVisionTransformer | Eva):
-            name += f" with {type(trunk.patch_embed).__name__} and pool {trunk.global_pool!r}"
+        return _TimmVit(visual, side, cells)
+    trunk = visual.trunk if isinstance(visual, TimmModel) else visual
     raise HdovdError(
-        f"no dense features of this CLIP: its visual tower, a {name}, is not among those supported: {SUPPORTED}. "
+        f"no dense features of this CLIP: its visual tower, a {type(trunk).__name__} by {type(trunk).__module__}, "
+        f"is not among those supported: {SUPPORTED}. "
         "Take crops instead"
     )
 
@@ -147,8 +135,7 @@ class _ResNet:
 
     samples = 1
 
-    def __init__(self, visual: ModifiedResNet, side: int) -> None:
-        _cells(visual, side)  # which must be whole
+    def __init__(self, visual: ModifiedResNet) -> None:
         self._visual = visual
         self.bins = 2 * math.isqrt(len(visual.attnpool.positional_embedding) - 1)  # layer 4 halves it
         self.identity: dict[str, Any] = {"features": "layer 3, then layer 4 and attention pool a box"}
@@ -173,8 +160,7 @@ class _OpenClipVit:
     bins = 1
     samples = -1
 
-    def __init__(self, visual: VisionTransformer, side: int) -> None:
-        cells = _cells(visual, side)
+    def __init__(self, visual: VisionTransformer, cells: int) -> None:
         self._visual = _sharing_weights(visual)
         self._visual.positional_embedding = _resized(visual.positional_embedding, visual.grid_size, cells)
         by_class_token = visual.pool_type == "tok"
@@ -185,10 +171,8 @@ class _OpenClipVit:
         self.identity = _vit_identity("mean, final norm" if self._norm_last else "final norm, mean", by_class_token)
 
     def map(self, pixels: Tensor) -> Tensor:
-        maps = self._visual.forward_intermediates(
-            pixels, indices=1, intermediates_only=True, normalize_intermediates=not self._norm_last
-        )
-        return cast(Tensor, maps["image_intermediates"][0])
+        options = {"intermediates_only": True, "normalize_intermediates": not self._norm_last}
+        return cast(Tensor, self._visual.forward_intermediates(pixels, indices=1, **options)["image_intermediates"][0])
 
     def pool(self, bins: Tensor) -> Tensor:
         mean = bins.flatten(1)
@@ -200,9 +184,8 @@ class _TimmVit:
     was trained with.
     """
 
-    def __init__(self, visual: TimmModel, side: int) -> None:
+    def __init__(self, visual: TimmModel, side: int, cells: int) -> None:
         trunk = visual.trunk
-        cells = _cells(visual, side)
         self._visual = _sharing_weights(visual)
         own = self._visual.trunk
         own.set_input_size(img_size=(side, side))  # rotary position embeddings too
@@ -220,8 +203,8 @@ class _TimmVit:
         )
 
     def map(self, pixels: Tensor) -> Tensor:
-        maps = self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)
-        return cast(Tensor, maps[0])
+        trunk = self._visual.trunk
+        return cast(Tensor, trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[0])
 
     def pool(self, bins: Tensor) -> Tensor:
         trunk, tokens = self._visual.trunk, bins.flatten(2).transpose(1, 2)
@@ -242,8 +225,7 @@ class _OwnValue(nn.Module):
 
     def forward(self, x: Tensor, *others: Tensor, **options: Any) -> Any:
         """x (b, tokens, C); `others` and `options` as the attention takes them."""
-        tokens = x.shape[1]
-        mask = x.new_full((tokens, tokens), -torch.inf).fill_diagonal_(0)
+        mask = x.new_full((x.shape[1], x.shape[1]), -torch.inf).fill_diagonal_(0)
         return self.attention(x, *others, **{**options, "attn_mask": mask})
 
 

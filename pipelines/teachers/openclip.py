@@ -10,7 +10,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU, Transformer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,7 +50,6 @@ class ClipTeacher:
     notes: Sequence[str]
     made_with: dict[str, Any]
     halves: list[int] = field(default_factory=list)  # batches that it went down to for want of memory
-    _best_batch: int | None = None
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -100,16 +97,13 @@ class ClipTeacher:
         )
 
     def best_batch(self) -> int:
-        """On a GPU the batch that was doubled as long as that fitted and made it faster, tried once; on a CPU
-        CPU_BATCH.
-        """
+        """On a GPU the batch that was doubled as long as that fitted and made it faster; on a CPU CPU_BATCH."""
         if self.device.type != "cuda":
             return CPU_BATCH
-        if self._best_batch is None:
-            rate, size = 0.0, 16
-            while size <= LARGEST_BATCH and (faster := self._rate(size)) > BATCH_GAIN * rate:
-                rate, self._best_batch, size = faster, size, 2 * size
-        return self._best_batch or 1
+        best, rate, size = 1, 0.0, 16
+        while size <= LARGEST_BATCH and (faster := self._rate(size)) > BATCH_GAIN * rate:
+            best, rate, size = size, faster, 2 * size
+        return best
 
     def _rate(self, size: int) -> float:
         """Pictures a second; 0 if so many do not fit."""
@@ -148,29 +142,13 @@ class ClipTeacher:
         return hash_tables(self.tokenizer(texts).numpy() for _, texts in _prompt_batches(names, templates))
 
     def prompt_notes(self, names: Sequence[Name], templates: Sequence[str]) -> list[str]:
-        length = self.tokenizer([""]).shape[1]
-        cut, told_apart = dict[str, None](), [hashlib.sha256() for _ in names]
-        for rows, texts in _prompt_batches(names, templates):
-            tokens = self.tokenizer(texts)
-            for row, text, short in zip(rows, texts, tokens, strict=True):
-                told_apart[row].update(short.numpy().tobytes())
-                if (
-                    len(text.encode()) + 2 > length
-                ):  # a token is a byte at least; and there are one before and one after
-                    whole = self.tokenizer([text], context_length=len(text.encode()) + 2)[0]
-                    if not torch.equal(whole[:length], short):
-                        cut[text] = None
-        alike: dict[bytes, list[str]] = {}
-        for name, digest in zip(names, told_apart, strict=True):
-            alike.setdefault(digest.digest(), []).append(name if isinstance(name, str) else " or ".join(name))
-        told = (
-            f"note: {counted(len(cut), 'prompt is', 'prompts are')} longer than the {length} tokens of the text tower"
-        )
-        return [f"{told}, and cut: {shorten([*cut], 4)}"] * bool(cut) + [
-            f"note: {' and '.join(map(repr, same))} become the same tokens: they have one embedding"
-            for same in alike.values()
-            if len(same) > 1
-        ]
+        length, cut = self.tokenizer([""]).shape[1], dict[str, None]()
+        for _, texts in _prompt_batches(names, templates):
+            room = max(length, *(2 + len(text.encode()) for text in texts))  # a byte a token, one before and one after
+            fits = (self.tokenizer(texts, context_length=room)[:, :length] == self.tokenizer(texts)).all(dim=1).tolist()
+            cut |= {text: None for text, whole in zip(texts, fits, strict=True) if not whole}
+        told = f"{counted(len(cut), 'prompt is', 'prompts are')} longer than the {length} tokens of the text tower"
+        return [f"note: {told}, and cut: {shorten([*cut], 4)}"] if cut else []
 
     def peak_memory_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
@@ -207,7 +185,7 @@ def load_clip(
     choose(precision, target, training=False)  # refused before weights are loaded
     config = _model_config(model, pretrained, random_weights)
     quick_gelu, notes = _activation(model, pretrained, config, activation)
-    tokenizer = _tokenizer(model, config, random_weights)  # first: weights may take minutes
+    tokenizer = _tokenizer(model, config)  # first: weights may take minutes
     of_file, said = _preprocessing_of_file(model, pretrained)
     overrides: dict[str, Any] = {"device": target, "force_preprocess_cfg": of_file}
     if quick_gelu != bool(config.get("quick_gelu", False)):
@@ -219,7 +197,6 @@ def load_clip(
             f"CLIP {model}{f' with {pretrained}' if pretrained else ''} cannot be loaded: {error}"
             + _how_to_fetch(repositories(model, pretrained, config))
         ) from error
-    _check_activation(net, quick_gelu)
     identity: dict[str, Any] = {
         "architecture": _hash_config(config),
         "weights_sha256": _hash_weights(net),
@@ -248,16 +225,15 @@ def load_clip(
 
 
 def _made_with(model: str, pretrained: str | None, device: torch.device) -> dict[str, Any]:
-    found = {
+    openai = pretrained is not None and is_file(pretrained) and _is_openai_file(Path(pretrained))
+    return {
         "clip": "local-dir" if model.startswith("local-dir:") else model,
         "pretrained": pretrained and Path(pretrained).name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
+        **({"weights": "openai"} if openai else {}),  # whatever the file is called
     }
-    if pretrained is not None and is_file(pretrained) and _is_openai_file(Path(pretrained)):
-        found["weights"] = "openai"  # whatever the file is called
-    return found
 
 
 def _prompt_batches(names: Sequence[Name], templates: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
@@ -276,26 +252,18 @@ def _hash_config(config: dict[str, Any]) -> str:
 
 
 def _model_config(model: str, pretrained: str | None, random_weights: bool) -> dict[str, Any]:
-    if model.startswith("local-dir:"):
-        folder = Path(model.removeprefix("local-dir:"))
-        file = folder / "open_clip_config.json"
-        if not file.is_file():
-            raise HdovdError(f"--clip {model}: no {file}; the folder must hold open_clip_config.json and the weights")
-        weights = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pth")]
-        for one in weights:
-            require_readable(one)
-        if not weights:
-            raise HdovdError(f"--clip {model}: no weights (*.safetensors, *.bin, *.pth) in {folder}")
+    if model.startswith(("local-dir:", "hf-hub:")):
+        kind, _, place = model.partition(":")
+        read = open_clip.factory._get_hf_config if kind == "hf-hub" else _config_of_folder
         try:
-            return _towers(read_json(file, f"--clip {model}:"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise HdovdError(f"--clip {model}: {file} is no open_clip config ({error!r})") from error
-    if model.startswith("hf-hub:"):
-        try:
-            return _towers(open_clip.factory._get_hf_config(model.removeprefix("hf-hub:")))
-        except Exception as error:
+            config = dict(read(place)["model_cfg"])
+            return config | {tower: dict(config[tower]) for tower in ("vision_cfg", "text_cfg")}
+        except HdovdError:
+            raise
+        except Exception as error:  # open_clip raises whatever its loaders raise
             raise HdovdError(
-                f"--clip {model}: not reachable ({error!r}){_how_to_fetch(repositories(model, None, {}))}"
+                f"--clip {model}: no open_clip config could be read there ({error!r})"
+                + _how_to_fetch(repositories(model, None, {}))
             ) from error
     config = open_clip.get_model_config(model)
     if config is None:
@@ -306,17 +274,24 @@ def _model_config(model: str, pretrained: str | None, random_weights: bool) -> d
     known = pretrained is not None and (open_clip.get_pretrained_cfg(model, pretrained) or is_file(pretrained))
     if not (known or random_weights):
         wrong = "" if pretrained is None else f", and {pretrained} is neither a file nor a tag of {model}"
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
         raise HdovdError(
-            f"--clip {model} needs --pretrained TAG_OR_FILE, or its weights would be random{wrong}; tags: {tags}"
+            f"--clip {model} needs --pretrained TAG_OR_FILE, or its weights would be random{wrong}; tags: "
+            + (", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known")
         )
     return dict(config)
 
 
-def _towers(tree: dict[str, Any]) -> dict[str, Any]:
-    """The model's part of an open_clip_config.json. Raises KeyError, ValueError or TypeError if it is none."""
-    config = dict(tree["model_cfg"])
-    return config | {tower: dict(config[tower]) for tower in ("vision_cfg", "text_cfg")}
+def _config_of_folder(folder: str) -> Any:
+    """What open_clip_config.json holds. Raises HdovdError without it, or without weights beside it."""
+    file, where = Path(folder, "open_clip_config.json"), f"--clip local-dir:{folder}:"
+    if not file.is_file():
+        raise HdovdError(f"{where} no {file}; the folder must hold open_clip_config.json and the weights")
+    weights = [file for file in Path(folder).iterdir() if file.suffix in (".safetensors", ".bin", ".pth")]
+    for one in weights:
+        require_readable(one)
+    if not weights:
+        raise HdovdError(f"{where} no weights (*.safetensors, *.bin, *.pth) in {folder}")
+    return read_json(file, where)
 
 
 def repositories(model: str, pretrained: str | None, config: dict[str, Any]) -> list[str]:
@@ -342,11 +317,9 @@ def _how_to_fetch(repositories: Sequence[str]) -> str:
     )
 
 
-def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
+def _tokenizer(model: str, config: dict[str, Any]) -> Any:
     """open_clip's tokenizer for the model, which for SigLIP, CLIPA and others is one of Hugging Face's."""
     hugging_face = config["text_cfg"].get("hf_tokenizer_name")
-    if hugging_face and random_weights:  # whose texts mean nothing: do without a download
-        return partial(_one_token, length=config["text_cfg"].get("context_length", 77))
     try:
         return open_clip.get_tokenizer(model)
     except ImportError as error:
@@ -358,10 +331,6 @@ def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
         if hugging_face and model.startswith("local-dir:"):  # open_clip looks for it nowhere else
             way = "\nThe folder must hold its files too: tokenizer.json and tokenizer_config.json"
         raise HdovdError(f"the tokenizer of {model} cannot be loaded: {error}{way}") from error
-
-
-def _one_token(texts: Sequence[str], length: int, context_length: int | None = None) -> Tensor:
-    return torch.ones(len(texts), context_length or length, dtype=torch.long)
 
 
 def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str, Any] | None, str]:
@@ -381,12 +350,10 @@ def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str
             known.append(wanted)
     if len(known) == 1:
         return known[0], f"; that of all weights that open_clip knows for {model}, as a file does not say"
-    others = (
-        "; it knows weights that want another: if the file holds these, give their tag, or local-dir:PATH"
-        if known
-        else ""
+    note = (
+        f"; open_clip's default for {model}, as a file does not say: where its weights want another, give their tag, "
     )
-    return None, f"; open_clip's default for {model}, as a file does not say{others}"
+    return None, note + "or local-dir:PATH"
 
 
 def _activation(
@@ -432,31 +399,19 @@ def _is_torchscript(pretrained: str | None) -> bool:
 
 def _built(model: str, pretrained: str | None, random_weights: bool, overrides: dict[str, Any]) -> Any:
     """open_clip's model with its weights, in eval mode."""
-    if not _is_torchscript(pretrained):
-        net = open_clip.create_model(
-            model, pretrained, pretrained_text=False, require_pretrained=not random_weights, **overrides
-        )
-    else:
-        net = open_clip.create_model(model, pretrained_text=False, **overrides)
+    archive = _is_torchscript(pretrained)
+    net = open_clip.create_model(
+        model,
+        None if archive else pretrained,
+        pretrained_text=False,
+        require_pretrained=not (random_weights or archive),
+        **overrides,
+    )
+    if archive:
         state = torch.jit.load(pretrained, map_location="cpu").state_dict()  # runs no Python code, unlike a pickle
         own = ("input_resolution", "context_length", "vocab_size")
         net.load_state_dict({k: v.float() for k, v in state.items() if k not in own})
     return net.eval().requires_grad_(False)
-
-
-def _check_activation(net: Any, quick_gelu: bool) -> None:
-    """Looks at open_clip's own transformers: timm's trunks and Hugging Face's text towers always come with what they
-    were trained with.
-    """
-    kinds = {QuickGELU: "QuickGELU", torch.nn.GELU: "GELU"}
-    own = (module for tower in net.modules() if isinstance(tower, Transformer) for module in tower.modules())
-    built, wanted = {type(module) for module in own} & kinds.keys(), QuickGELU if quick_gelu else torch.nn.GELU
-    if built != {wanted} and (built or quick_gelu):
-        raise HdovdError(
-            f"the model was built with "
-            f"{' and '.join(sorted(kinds[kind] for kind in built)) or 'activations of its own'}, "
-            f"the weights want {kinds[wanted]}; report this with the model's name"
-        )
 
 
 def _hash_weights(net: Any) -> str:

@@ -37,7 +37,7 @@ from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.dataloading.loader import Dealing, Streams, TrainingBatches, key_of
 from hdovd.pipelines.evaluation.evaluate import Validation
 from hdovd.pipelines.extraction.config import LabelRule
-from hdovd.pipelines.extraction.text import give_object_text, object_text_of
+from hdovd.pipelines.extraction.identities import give_object_text, object_text_of
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
 from hdovd.pipelines.runs.trackers import tracking
 from hdovd.pipelines.training.config import TrainConfig

@@ -32,11 +32,11 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 
 
 def workers_at_work() -> list[int]:
-    """Processes that descend from this one and run a unit."""
+    """Processes that descend from this one and do a shard."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::Worker.do") and _is_ours(int(folder.name)):
+            if (folder / "cmdline").read_bytes().startswith(b"ray::extract_shard") and _is_ours(int(folder.name)):
                 found.append(int(folder.name))
         except OSError:
             pass

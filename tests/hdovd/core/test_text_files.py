@@ -17,7 +17,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.text_files import JsonStream, checked_name, cut, read_json, read_toml, shown
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.name_list import read_vocabulary
-from hdovd.pipelines.extraction.text import read_synonyms
+from hdovd.pipelines.extraction.identities import read_synonyms
 from hdovd.pipelines.teachers.prompts import read_templates
 
 BOM = codecs.BOM_UTF8

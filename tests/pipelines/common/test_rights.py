@@ -20,7 +20,7 @@ from hdovd.modeling.backbones.pyramid import _read
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.common.tensors import load_pth, load_tensors
-from hdovd.pipelines.extraction.text import read_class_embeddings
+from hdovd.pipelines.extraction.identities import read_class_embeddings
 from hdovd.pipelines.proposals.networks import made_by
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.teachers.openclip import load_clip

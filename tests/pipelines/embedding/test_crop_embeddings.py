@@ -14,8 +14,7 @@ from PIL import Image
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.embedding.embedders import Crops, Pictures, mean_of
-from hdovd.pipelines.embedding.feed import PartRows, embed
+from hdovd.pipelines.embedding.embedders import Crops, PartRows, Pictures, embed, mean_of
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 WIDTH, HEIGHT, BATCH = 320, 240, 48
@@ -67,7 +66,7 @@ def _ours(
     way = Crops(clip, Pictures([image], lambda _: picture, np.array([0, len(boxes)]), boxes), recipe)
     wanted = [*PartRows(way, 0, np.zeros(0), np.ones(len(boxes), bool)).batches(batch)]
     answers = embed(wanted, {way.level: way}, clip.device, workers)
-    return np.concatenate([answer.rows[: w.jobs[0].rows] for w, answer in zip(wanted, answers, strict=True)])
+    return np.concatenate([answer[0][: w.jobs[0].rows] for w, answer in zip(wanted, answers, strict=True)])
 
 
 def _reference(clip: ClipTeacher, picture: Path, recipe: CropRecipe, boxes: np.ndarray) -> np.ndarray:

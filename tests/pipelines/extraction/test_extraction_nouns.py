@@ -118,7 +118,7 @@ def test_old_sets_are_read_and_made_again_with_plurals(copied_world: Path, tmp_p
         ({"nouns": Path("n.json"), "captions": None}, "--vocabulary and --captions out"),
         (
             {"nouns": Path("n.json"), "vocabulary": None, "captions": None, "proposals": None},
-            "--nouns names pseudo boxes",
+            "--nouns name pseudo boxes",
         ),
     ],
 )

@@ -17,8 +17,7 @@ from hdovd.cache.schema import Level
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, Shape
 from hdovd.pipelines.embedding.embedders import Pictures, embedders_of
-from hdovd.pipelines.extraction.identities import box_table, data_inputs, level_inputs
-from hdovd.pipelines.extraction.text import TextRows
+from hdovd.pipelines.extraction.identities import TextRows, box_table, data_inputs, level_inputs
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.proposal_files.file import Proposals
 from hdovd.pipelines.teachers.prompts import Name, prompts

@@ -165,7 +165,8 @@ def test_senseless_rules_are_refused(rule: tuple[int, float], option: str) -> No
 
 def test_several_nouns_need_a_vocabulary(tmp_path: Path, extraction: Config) -> None:
     with pytest.raises(
-        HdovdError, match="--label-top-k 2 is of pseudo labels, and there are none without --nouns or --vocabulary"
+        HdovdError,
+        match="--label-top-k and --verdicts are of pseudo labels, and there are none without --nouns or --vocabulary",
     ):
         extraction(tmp_path, vocabulary=None, captions=None, labels=LabelRule(2))
 

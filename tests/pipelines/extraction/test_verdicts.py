@@ -226,7 +226,7 @@ def load_nouns(config: ExtractConfig) -> dict[int, tuple[int, ...]]:
 
 
 def test_verdicts_need_nouns_and_a_file(extraction: Config, tmp_path: Path) -> None:
-    with pytest.raises(HdovdError, match="--verdicts choose among nouns"):
+    with pytest.raises(HdovdError, match="--verdicts are of pseudo labels"):
         extraction(tmp_path / "c", verdicts=tmp_path / "v", vocabulary=None, captions=None)
     with pytest.raises(HdovdError, match="--verdicts: no file "):
         extract_clip(extraction(tmp_path / "c", verdicts=tmp_path / "v"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hdovd.pipelines.common.name_list import read_vocabulary, shipped
-from hdovd.pipelines.nouns.matching import MatchFinder, NameMatcher, StopList, noun_words
+from hdovd.pipelines.nouns.allowed import MatchFinder, NameMatcher, StopList, noun_words
 
 
 def _found(names: list[str], caption: str, stop: tuple[str, ...] = ()) -> list[str]:

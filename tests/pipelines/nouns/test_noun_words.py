@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hdovd.pipelines.common.name_list import shipped
-from hdovd.pipelines.nouns.matching import forms, noun_words, singular, singular_of
+from hdovd.pipelines.nouns.allowed import noun_words, singular, singular_of
 
 PAIRS = """umbrellas umbrella|knives knife|buses bus|mice mouse|geese goose|leaves leaf|shelves shelf|loaves loaf|dishes dish|dresses dress
 children child|women woman|firemen fireman|snowmen snowman|people person|teeth tooth|cacti cactus|lenses lens|benches bench|boxes box
@@ -37,13 +37,6 @@ def test_singular_of_a_singular_is_itself() -> None:
 def test_general_names_are_in_the_singular_already() -> None:
     changed = {name for name in shipped("general") if singular_of(noun_words(name)) != noun_words(name)}
     assert changed == {"chest of drawers", "high heels", "sports car", "sports uniform"}
-
-
-def test_what_has_no_singular_may_still_be_one_of_them() -> None:
-    assert forms("glasses") == ("glasses", "glass")
-    assert forms("skis") == ("skis", "ski")
-    assert forms("scissors") == ("scissors",)
-    assert forms("knives") == ("knife",)
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.nouns.allowed import Nouns, named_novel, read_nouns, read_vocabulary
+from hdovd.pipelines.common.name_list import read_vocabulary
+from hdovd.pipelines.nouns.allowed import Nouns, named_novel, offered_nouns
 
 
 def _read(tmp_path: Path, words: list[str], captions: list[tuple[int, str]] | None) -> Nouns:
     (tmp_path / "words.txt").write_text("\n".join(words) + "\n")
-    if captions is None:
-        return read_nouns(tmp_path / "words.txt", None)
-    tree = {"annotations": [{"image_id": i, "caption": c} for i, c in captions]}
-    (tmp_path / "captions.json").write_text(json.dumps(tree))
-    return read_nouns(tmp_path / "words.txt", tmp_path / "captions.json")
+    file = None if captions is None else tmp_path / "captions.json"
+    if file is not None:
+        file.write_text(json.dumps({"annotations": [{"image_id": i, "caption": c} for i, c in captions or ()]}))
+    nouns = offered_nouns(None, tmp_path / "words.txt", file)
+    assert nouns is not None
+    return nouns
 
 
 def test_vocabulary_keeps_order_and_drops_blanks_comments_and_repeats(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ExtractConfig
-from hdovd.pipelines.extraction.text import TextRows
+from hdovd.pipelines.extraction.identities import TextRows
 from hdovd.pipelines.teachers import prompts as prompt_templates
 from hdovd.pipelines.teachers.openclip import load_clip
 from hdovd.pipelines.teachers.prompts import check_templates, prompts, read_templates, said, shipped_templates

@@ -39,7 +39,7 @@ from hdovd.pipelines.training.train import TrainConfig, train
 BEGIN_WITH = {"uniform_", "normal_", "fill_", "zero_", "mul", "random_"}  # weights are drawn before they are moved
 ANCHORS = {"anchor_utils.py", "rpn.py"}  # the few of one cell, when the network is built
 DIRECTIONS = {"rtdetr": {"DeformableAttention", "GridSampling"}}  # likewise, of the detector that has them
-SAMPLES = {"training_set.py", "targets.py", "loader.py", "text.py"}  # read and prepared before they are moved
+SAMPLES = {"training_set.py", "targets.py", "loader.py", "identities.py"}  # read and prepared before they are moved
 # Of what was read from a file: texts of backgrounds, whether there are rows, a text of "object", values that are not
 # finite, the values that were written.
 LOADED = {"FeatureQueue", "base.py", "detector.py", "folder.py", "tensors.py", "train.py"}
