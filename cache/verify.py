@@ -6,7 +6,7 @@ blocks, part after part.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from hdovd.cache.catalog import NAMED, FeatureSet, group_objects, read_run, read_set
 from hdovd.cache.identity import SEAL, differences, hash_tables, key_of, table_inputs
 from hdovd.cache.picture_files import LATER, known_files
-from hdovd.cache.product import Product, parse_record, record_name
+from hdovd.cache.product import Product, parse_record, record_of, recorded_parts
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import (
@@ -32,6 +32,7 @@ from hdovd.cache.schema import (
 )
 from hdovd.cache.store import Folder
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
 
 COSINE_TOLERANCE = 0.01
 RANGES_SHOWN = 4
@@ -73,16 +74,23 @@ class Finding:
 
 @dataclass(slots=True)
 class Checked:
-    """How much was looked at. `unfinished`: products of which parts are still missing, which is no fault: "level key:
-    parts".
+    """What is wrong, and how much was looked at. `unfinished`: products of which parts are still missing, which is no
+    fault: "level key: parts". `sampled`: cosines of rows that were encoded again with those of the cache, by product.
     """
 
+    findings: list[Finding] = field(default_factory=list)
     products: int = 0
     parts: int = 0
     objects: int = 0
     bytes: int = 0
     rows: int = 0
     unfinished: list[str] = field(default_factory=list)
+    sampled: dict[tuple[Level, str], np.ndarray] = field(default_factory=dict)
+
+    def add(self, findings: Sequence[Finding]) -> None:
+        """Keep and tell them."""
+        self.findings += findings
+        log(*map(str, findings))
 
 
 def product_names(folder: Folder) -> Names:
@@ -150,13 +158,12 @@ def check_set(folder: Folder, name: str, features: FeatureSet) -> list[Finding]:
     """Whether a set's products are there and belong together; call it when they are whole and sound."""
     place = f"sets/{name}.json"
     try:
-        FeatureCache(folder.url, name).require_together()
+        cache = FeatureCache(folder.url, name)
+        cache.require_together()
         if Level.PSEUDO_LABEL in features.levels:
-            boxes, labels = (
-                Product(folder, level, features.levels[level]) for level in (Level.BOXES, Level.PSEUDO_LABEL)
-            )
-            wanted, found = hash_tables([boxes.table("source")]), labels.key_inputs.get("sources")
-            if found not in (None, wanted):  # None: imported
+            wanted = hash_tables([cache.product(Level.BOXES).table("source")])
+            found = cache.key_inputs(Level.PSEUDO_LABEL).get("sources", wanted)  # which imports do not have
+            if found != wanted:
                 return [Finding(place, f"pseudo labels of boxes whose sources have the hash {wanted}", str(found))]
     except (HdovdError, KeyError) as error:
         return [Finding(place, "levels that belong together", " ".join(str(error).split()))]
@@ -170,7 +177,7 @@ def check_attributes(product: Product) -> list[Finding]:
         return [Finding("zarr.json", f"key inputs that give the key {product.key}", key_of(inputs))]
     wanted: dict[str, Any] = {"level": str(product.level), "key": product.key}
     if isinstance(inputs.get("names"), list):
-        wanted |= {"names": inputs["names"], "rows": len(inputs["names"])}
+        wanted["names"] = inputs["names"]
     return [
         Finding("zarr.json", f"{name} {str(value)[:60]}", f"{str(attributes.get(name))[:60]}")
         for name, value in wanted.items()
@@ -223,11 +230,8 @@ def _check_shapes(product: Product, tables: Mapping[str, np.ndarray]) -> Iterato
 
 def _check_images(tables: Mapping[str, np.ndarray], rows: int) -> Iterator[Finding]:
     offset = tables.get("offset", np.array([0, rows]))
-    if offset[0] != 0 or offset[-1] != rows:
-        yield Finding("offset", f"0 to {rows}, the number of rows", f"{offset[0]} to {offset[-1]}")
-    for number in np.flatnonzero(np.diff(offset) < 0)[:1]:
-        found = f"{offset[number]}, then {offset[number + 1]}"
-        yield Finding("offset", "numbers that do not fall", found, where=f"image number {number}")
+    if offset[0] != 0 or offset[-1] != rows or (np.diff(offset) < 0).any():
+        yield Finding("offset", f"numbers that do not fall, from 0 to {rows}, the number of rows", shorten([*offset]))
     ids, counts = np.unique(tables["image_id"], return_counts=True)
     if len(twice := ids[counts > 1].tolist()):
         yield Finding(
@@ -273,10 +277,9 @@ def check_rows(product: Product, part: int, failed: set[int]) -> Iterator[Findin
 
 def _embedding_checks(product: Product, part: int, failed: set[int]) -> list[Check]:
     start, stop = product.rows_of(part)
-    rows, norms = open_rows(product, "embedding", parts={part}), np.empty(stop - start, np.float32)
-    for first in range(start, stop, CHUNK_ROWS):
-        last = min(first + CHUNK_ROWS, stop)
-        norms[first - start : last - start] = np.linalg.norm(rows.read(first, last).astype(np.float32), axis=1)
+    rows = open_rows(product, "embedding", parts={part})
+    blocks = (rows.read(first, min(first + CHUNK_ROWS, stop)) for first in range(start, stop, CHUNK_ROWS))
+    norms = np.concatenate([np.linalg.norm(block.astype(np.float32), axis=1) for block in blocks])
     place, finite = product.row_objects(part)["embedding"], np.isfinite(norms)
     zero: np.ndarray = norms == 0
     not_unit = finite & ~zero & (abs(norms - 1) > STORED_NORM_TOLERANCE)
@@ -294,13 +297,10 @@ def _label_checks(product: Product, part: int) -> list[Check]:
     places = product.row_objects(part)
     values = {name: open_rows(product, name, parts={part}).read(start, stop) for name in places}
     noun, cosine = values["noun"], values["noun_cosine"]
-    key = str(product.key_inputs["noun"])
-    is_there = product.folder.exists(f"{Level.NOUN}/{key}/zarr.json")
-    most = Product(product.folder, Level.NOUN, key).rows if is_there else np.inf
-    last = str(most - 1) if is_there else "the last noun"
+    most = Product(product.folder, Level.NOUN, str(product.key_inputs["noun"])).rows
     no_cosine = ~(abs(cosine) <= 1 + COSINE_TOLERANCE) | ((noun == -1) & (cosine != 0))
     checks: list[Check] = [
-        (places["noun"], (noun < -1) | (noun >= most), f"-1 to {last}", noun),
+        (places["noun"], (noun < -1) | (noun >= most), f"-1 to {most - 1}", noun),
         (places["noun_cosine"], no_cosine, "cosines, and 0 where there is no noun", cosine),
     ]
     if product.dim:  # of several nouns: the winner first, weights that add up to 1, nothing where there is no noun
@@ -360,31 +360,32 @@ class ProductCheck:
         self.checked, self.on_bytes = checked, on_bytes
         self.prefix = f"{name[0]}/{name[1]}"
         self.findings: list[Finding] = []
-        self.product: Product | None = None
+        self.product: Product | None = None  # as long as nothing is wrong with its metadata and tables
 
     def run(self) -> list[Finding]:
         self.checked.products += 1
         with self._adding("zarr.json", "the product's metadata", TABLES):
-            product = Product(self.folder, *self.name)
-            self._add(check_attributes(product), TABLES)
-            self.product = None if self.findings else product
+            self.product = Product(self.folder, *self.name)
+            self._add(check_attributes(self.product), TABLES)
         records = self._read_records()
         listed = self.folder.sizes(self.prefix)  # after the records: what these name was there before
         for part, record in records.items():
             sound = self._check_objects(part, record, listed)
-            if self.product is None or self._is_found(TABLES):
+            if self.product is None or not sound:
                 continue
-            with self._adding(_record(part), "values that can be read", part):  # whatever Zarr and numpy raise
+            with self._adding(record_of(part), "values that can be read", part):  # whatever Zarr and numpy raise
                 if part == TABLES:
                     self._add(check_tables(self.product), part)
-                elif sound and isinstance(part, int):
+                elif isinstance(part, int):
                     self._add(check_rows(self.product, part, {int(image) for image in record["failed"]}), part)
+                    self.checked.parts += 1
                     self.checked.rows += len(range(*self.product.rows_of(part)))
         if self.product is not None:
             with self._adding("pictures", "what the files of the pictures were", None):
                 known_files(self.product)  # may be deleted: the cache then knows less
+            if TABLES in records:
+                self._check_extra(self.product, {*records[TABLES]["objects"]}, listed)
             self._check_missing(self.product)
-            self._check_extra(self.product, records, listed)
         return self.findings
 
     def _add(self, found: Iterable[Finding], part: int | str | None) -> None:
@@ -396,6 +397,8 @@ class ProductCheck:
                 where = f"rows {start} to {stop - 1}" if stop - start > 1 else f"row {start}"
             place = f"{self.prefix}/{one.place}"
             self.findings.append(replace(one, place=place, product=self.name, part=part, where=where))
+            if part == TABLES:
+                self.product = None
 
     @contextmanager
     def _adding(self, place: str, expected: str, part: int | str | None) -> Iterator[None]:
@@ -404,95 +407,73 @@ class ProductCheck:
         except Exception as error:
             self._add([Finding(place, expected, _damage(error))], part)
 
-    def _is_found(self, part: int | str) -> bool:
-        return any(finding.part == part for finding in self.findings)
-
     def _read_records(self) -> dict[int | str, dict[str, Any]]:
         """The records that can be read: of the tables first, then in order."""
-        records, tables = dict[int | str, dict[str, Any]](), record_name(self.prefix, TABLES)
-        for name in sorted(self.folder.sizes(f"{self.prefix}/parts"), key=lambda name: (name != tables, name)):
-            found = re.fullmatch(rf".*/parts/({TABLES}|{INDEX}\w+|\d{{6,}})\.json", name)
-            if found is None:
-                continue
-            part = int(found[1]) if found[1].isdigit() else found[1]
+        records, recorded = dict[int | str, dict[str, Any]](), recorded_parts(self.folder, self.prefix)
+        for part, name in sorted(recorded.items(), key=lambda item: (item[0] != TABLES, item[1])):
             if isinstance(part, str) or self.product is None or part < self.product.parts:
-                with self._adding(_record(part), "the record of a part", part):
+                with self._adding(record_of(part), "the record of a part", part):
                     records[part] = parse_record(self.folder.read(name))
         return records
 
     def _check_objects(self, part: int | str, record: dict[str, Any], listed: dict[str, int]) -> bool:
-        """Size and sha256 of every object of a part. True if all are as recorded."""
-        before, wrong = len(self.findings), list[Finding]()
-        self.checked.parts += isinstance(part, int)
-        self._check_names(part, set(record["objects"]))
+        """The objects of a part, by name, size and sha256. True if all are as recorded."""
+        before, names = len(self.findings), {*record["objects"]}
+        if self.product is not None and (wrong := _objects_of(self.product, part, names) ^ names):
+            found = f"wrong or missing: {', '.join(sorted(wrong))}"
+            self._add([Finding(record_of(part), "a record of the part's objects and of no others", found)], part)
+            return False
         damaged = {finding.place for finding in self.findings}  # metadata that cannot be read
-        for name, entry in record["objects"].items() if len(self.findings) == before else ():
+        for name, entry in record["objects"].items():
             path = f"{self.prefix}/{name}"
             if path in damaged:
                 continue
-            size = listed.get(path)
+            size = listed.get(path, 0)
             self.checked.objects += 1
-            if size is None or size != entry["bytes"]:
-                found = "no such object" if size is None else str(size)
-                wrong.append(Finding(name, f"{entry['bytes']} bytes", found))
-            else:
-                self.checked.bytes += size
-                if (sha256 := self.folder.sha256(path)) != entry["sha256"]:
-                    wrong.append(Finding(name, f"sha256 {entry['sha256'][:16]}...", f"{sha256[:16]}..."))
-            self.on_bytes(size or 0)
-        self._add(wrong, part)
+            self.checked.bytes += size
+            if size != entry["bytes"] or path not in listed:
+                found = str(listed.get(path, "no such object"))
+                self._add([Finding(name, f"{entry['bytes']} bytes", found)], part)
+            elif (sha256 := self.folder.sha256(path)) != entry["sha256"]:
+                self._add([Finding(name, f"sha256 {entry['sha256'][:16]}...", f"{sha256[:16]}...")], part)
+            self.on_bytes(size)
         return len(self.findings) == before
 
-    def _check_names(self, part: int | str, names: set[str]) -> None:
-        """Whether a record is of the objects that the part consists of, as far as the metadata can be read."""
-        if self.product is None:
-            return
-        tables, wanted = TABLE_ARRAYS[self.product.level], {"zarr.json"}
-        if isinstance(part, int):
-            wanted = set(self.product.row_objects(part).values())
-        elif part != TABLES:
-            wanted = {part}
-        else:
-            arrays = (*row_arrays(self.product.level, self.product.dim), *tables)
-            wanted |= {f"{name}/zarr.json" for name in arrays}
-            names = {name for name in names if name in wanted or name.split("/")[0] not in tables}
-        if wrong := wanted ^ names:
-            expected = f"a record of {len(wanted)} objects and of no others"
-            self._add([Finding(_record(part), expected, f"wrong or missing: {', '.join(sorted(wrong))}")], part)
-
     def _check_missing(self, product: Product) -> None:
-        rows = product.missing()
-        missing: list[int | str] = [*([] if product.is_finished(TABLES) else [TABLES]), *rows]
+        done = {*product.recorded().values()}
+        missing = [part for part in (TABLES, *range(product.parts)) if part not in done]
         if missing and not self.needed_by:
-            done = product.parts - len(rows)
-            self.checked.unfinished.append(f"{product.level} {product.key[:12]}: {done}/{product.parts} parts")
-        expected = f"the record of a part that {self.needed_by} needs"
+            done -= {TABLES}
+            self.checked.unfinished.append(f"{product.level} {product.key[:12]}: {len(done)}/{product.parts} parts")
+        expected, found = f"the record of a part that {self.needed_by} needs", {one.part for one in self.findings}
         for part in missing[:MOST_MISSING] if self.needed_by else ():
-            if not self._is_found(part):
-                self._add([Finding(_record(part), expected, "no such object")], part)
+            if part not in found:
+                self._add([Finding(record_of(part), expected, "no such object")], part)
 
-    def _check_extra(self, product: Product, records: dict[int | str, dict[str, Any]], listed: dict[str, int]) -> None:
-        """Objects that no record names, and that no part that is still to come or to be made again can have written."""
-        known = {
-            "zarr.json",
-            f"pictures/{LATER}.npz",
-            _record(TABLES),
-            *records.get(TABLES, {"objects": ()})["objects"],
-        }
+    def _check_extra(self, product: Product, known: set[str], listed: dict[str, int]) -> None:
+        """Objects that no record names, and that no part that is still to come or to be made again can have written.
+        `known`: those of the tables.
+        """
+        known |= {f"pictures/{LATER}.npz", record_of(TABLES)}
         for part in range(product.parts):
-            known |= {_record(part), f"pictures/{part:06d}.npz", *product.row_objects(part).values()}
-        still_to_come: tuple[str, ...] = (INDEX, f"parts/{INDEX}")  # one may be built now, or was when it was killed
-        if TABLES not in records or self._is_found(TABLES):
-            arrays = row_arrays(product.level, product.dim)
-            still_to_come += (*(f"{n}/" for n in TABLE_ARRAYS[product.level]), *(f"{n}/zarr.json" for n in arrays))
+            known |= {record_of(part), f"pictures/{part:06d}.npz", *product.row_objects(part).values()}
+        index = (INDEX, f"parts/{INDEX}")  # one may be built now, or was when it was killed
         names = {path.removeprefix(f"{self.prefix}/") for path in listed} - known
-        extra = [name for name in sorted(names) if not name.startswith(still_to_come)]
+        extra = [name for name in sorted(names) if not name.startswith(index)]
         self._add([Finding(name, "nothing there", "an object that no record names") for name in extra], None)
 
 
-def _record(part: int | str) -> str:
-    """The name of a part's record in its product."""
-    return record_name("", part)[1:]
+def _objects_of(product: Product, part: int | str, names: set[str]) -> set[str]:
+    """The objects that a part consists of; of tables, whose metadata say in how many objects they are, those of `names`
+    that are theirs.
+    """
+    if isinstance(part, int):
+        return {*product.row_objects(part).values()}
+    if part != TABLES:
+        return {part}
+    tables = TABLE_ARRAYS[product.level]
+    metadata = [f"{name}/zarr.json" for name in (*row_arrays(product.level, product.dim), *tables)]
+    return {"zarr.json", *metadata, *(name for name in names if name.split("/")[0] in tables)}
 
 
 def _damage(error: BaseException) -> str:

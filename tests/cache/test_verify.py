@@ -246,10 +246,10 @@ def _changed(values: np.ndarray, at: Any, value: Any) -> np.ndarray:
         (
             "offset",
             np.array([0, 5, 4, 6, 10], np.int64),
-            "image number 1: expected numbers that do not fall, found 5, then 4",
+            "offset: expected numbers that do not fall, from 0 to 10, the number of rows, found 0, 5, 4, 6, 10",
         ),
-        ("offset", np.array([0, 5, 6, 6, 9], np.int64), "expected 0 to 10, the number of rows, found 0 to 9"),
-        ("offset", np.array([1, 5, 6, 6, 10], np.int64), "expected 0 to 10, the number of rows, found 1 to 10"),
+        ("offset", np.array([0, 5, 6, 6, 9], np.int64), "from 0 to 10, the number of rows, found 0, 5, 6, 6, 9"),
+        ("offset", np.array([1, 5, 6, 6, 10], np.int64), "from 0 to 10, the number of rows, found 1, 5, 6, 6, 10"),
         ("image_id", np.array([40, 7, 19, 40], np.int64), "image 40: expected every image once"),
         (
             "image_size",

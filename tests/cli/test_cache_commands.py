@@ -103,7 +103,7 @@ def test_ls_lists_products_with_their_users(
             "set default, set drawn, run first try" if drawn.get(level) == key else "set default, run first try"
         )
     assert rows["instance", drawn["instance"][:12]].endswith("  set drawn")
-    assert re.search(r" fp32 +\d+ (s|min) ", rows["pseudo_label", default["pseudo_label"][:12]])
+    assert re.search(r" fp32 +\d+ (s|min) ", rows["instance", default["instance"][:12]])
     assert re.search(r"local-dir [0-9a-f]{8} ", rows["class", default["class"][:12]])
     assert re.fullmatch(r"9 products, \d+\.\d kB", ran.lines[-1])
     assert len({len(line[: line.index("  set ")]) for line in ran.lines[1:-1]}) == 1  # columns are columns
@@ -222,7 +222,7 @@ def test_diff_of_sets_goes_level_by_level(
         for name in ("default", "drawn")
     )
     assert total > base
-    assert f"boxes: {base} are the same, {total - base} only default has, 0 only drawn has" in ran.out
+    assert f"boxes.count (rows) differs: default has {total}, drawn has {base}" in ran.out
     assert "noun: only default has it" in ran.out
     assert "the cache has" not in ran.out
 

@@ -95,8 +95,7 @@ def test_bad_input_says_what_there_is(
     ran = view(cache, "--image", far)
     assert ran.code == 1
     assert f"does not have image {far}" in ran.err
-    assert f"{len(kept)} images, ids {min(kept)} to {max(kept)}; the nearest ids are " in ran.err
-    assert str(max(kept)) in ran.err.split("nearest ids are ")[1]
+    assert f"{len(kept)} images, ids {min(kept)} to {max(kept)}; " in ran.err
     sets = copied_cache / "sets/default.json"
     tree = json.loads(sets.read_text())
     sets.write_text(json.dumps(sealed(tree | {"skipped": {"image with a side under 32 px": [far]}})))
