@@ -172,10 +172,6 @@ class Product:
     def bytes(self) -> int:
         return sum(self.folder.sizes(self.prefix).values())
 
-    def modified(self) -> float:
-        """When it was begun, seconds since the epoch."""
-        return self.folder.modified(f"{self.prefix}/zarr.json")
-
 
 def record_of(part: int | str) -> str:
     """Where a part, by number, TABLES or the name of an index, is recorded in its product."""

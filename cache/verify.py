@@ -18,7 +18,7 @@ from hdovd.cache.identity import SEAL, differences, hash_tables, key_of, table_i
 from hdovd.cache.picture_files import LATER, known_files
 from hdovd.cache.product import Product, parse_record, record_of, recorded_parts
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.rows import open_rows
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import (
     CHUNK_ROWS,
     INDEX,
@@ -122,7 +122,8 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
         kind = "groups" if name in groups else kind
         try:
             if kind == "groups":
-                _require_group(folder.read(name), groups[name])
+                if not json.loads(groups[name]).items() <= json.loads(folder.read(name)).items():
+                    raise ValueError("it is another one")
             elif kind == "sets":
                 sets[rest.removesuffix(".json")] = read_set(folder, name)
             elif kind == "runs":
@@ -131,7 +132,7 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
                 findings.append(Finding(name, rest, "something else: delete it"))
             elif not kind and not (top in set(Level) and "/" in rest):
                 findings.append(Finding(name, "nothing there", "an object that is not the cache's: move it elsewhere"))
-        except (HdovdError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        except (HdovdError, FileNotFoundError, ValueError, AttributeError) as error:
             if kind == "groups" and isinstance(error, HdovdError):  # not to be read now: it may be sound
                 raise
             expected, advice = RECORDS[kind]
@@ -145,13 +146,6 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
                 )
             )
     return sets, findings
-
-
-def _require_group(data: bytes, wanted: bytes) -> None:
-    """Raises ValueError, KeyError or TypeError if the metadata of a group are others."""
-    tree = json.loads(data)
-    if any(tree[key] != value for key, value in json.loads(wanted).items()):
-        raise ValueError("it is another one")
 
 
 def check_set(folder: Folder, name: str, features: FeatureSet) -> list[Finding]:
@@ -277,7 +271,7 @@ def check_rows(product: Product, part: int, failed: set[int]) -> Iterator[Findin
 
 def _embedding_checks(product: Product, part: int, failed: set[int]) -> list[Check]:
     start, stop = product.rows_of(part)
-    rows = open_rows(product, "embedding", parts={part})
+    rows = Rows(product, "embedding", parts={part})
     blocks = (rows.read(first, min(first + CHUNK_ROWS, stop)) for first in range(start, stop, CHUNK_ROWS))
     norms = np.concatenate([np.linalg.norm(block.astype(np.float32), axis=1) for block in blocks])
     place, finite = product.row_objects(part)["embedding"], np.isfinite(norms)
@@ -295,7 +289,7 @@ def _embedding_checks(product: Product, part: int, failed: set[int]) -> list[Che
 def _label_checks(product: Product, part: int) -> list[Check]:
     start, stop = product.rows_of(part)
     places = product.row_objects(part)
-    values = {name: open_rows(product, name, parts={part}).read(start, stop) for name in places}
+    values = {name: Rows(product, name, parts={part}).read(start, stop) for name in places}
     noun, cosine = values["noun"], values["noun_cosine"]
     most = Product(product.folder, Level.NOUN, str(product.key_inputs["noun"])).rows
     no_cosine = ~(abs(cosine) <= 1 + COSINE_TOLERANCE) | ((noun == -1) & (cosine != 0))
@@ -391,12 +385,7 @@ class ProductCheck:
     def _add(self, found: Iterable[Finding], part: int | str | None) -> None:
         """Findings, whose places are those in the product, of a part."""
         for one in found:
-            where = one.where
-            if not where and isinstance(part, int) and self.product is not None:
-                start, stop = self.product.rows_of(part)
-                where = f"rows {start} to {stop - 1}" if stop - start > 1 else f"row {start}"
-            place = f"{self.prefix}/{one.place}"
-            self.findings.append(replace(one, place=place, product=self.name, part=part, where=where))
+            self.findings.append(replace(one, place=f"{self.prefix}/{one.place}", product=self.name, part=part))
             if part == TABLES:
                 self.product = None
 

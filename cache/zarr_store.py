@@ -41,7 +41,7 @@ class FolderStore(Store):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         try:
-            data = await asyncio.to_thread(self._folder.read, self._name(key), *_slice(byte_range))
+            data = await asyncio.to_thread(self._folder.read, f"{self._prefix}/{key}", *_slice(byte_range))
         except FileNotFoundError:
             if "/c/" in key:
                 raise HdovdError(f"{self}/{key} is missing: {REPAIR}") from None
@@ -54,12 +54,9 @@ class FolderStore(Store):
         return [*await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges))]
 
     async def exists(self, key: str) -> bool:
-        return await asyncio.to_thread(self._folder.exists, self._name(key))
+        return await asyncio.to_thread(self._folder.exists, f"{self._prefix}/{key}")
 
     set = delete = list = list_prefix = list_dir = _READS_BY_NAME_ALONE
-
-    def _name(self, key: str) -> str:
-        return f"{self._prefix}/{key}".lstrip("/")
 
 
 def _slice(byte_range: ByteRequest | None) -> tuple[Any, Any]:

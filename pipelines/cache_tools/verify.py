@@ -20,7 +20,7 @@ from hdovd.cache.catalog import FeatureSet, group_objects, is_tar_form
 from hdovd.cache.identity import require_same
 from hdovd.cache.picture_files import known_files
 from hdovd.cache.product import Product, record_of
-from hdovd.cache.rows import open_rows
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import DEFAULT_SET, INDEX, TABLES, TAR_META, Level
 from hdovd.cache.store import open_folder
 from hdovd.cache.tar_shards import TarShards
@@ -117,19 +117,18 @@ def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
 
 def _cosines(product: Product, embedder: Embedder, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """The rows that could be encoded again, their cosines with the cache, and why others could not."""
-    stored = open_rows(product, "embedding", parts={int(part) for part in rows // product.part_rows})
+    stored = Rows(product, "embedding", parts={int(part) for part in rows // product.part_rows})
     have = np.array([stored.read(int(row), int(row) + 1)[0] for row in rows], np.float64)
-    labels, problems = product.table("image_hash"), list[str]()
     usable = np.asarray(have.any(axis=1))  # zeros: the picture could not be read then either
-    number, image_id = embedder.images_of(rows), product.table("image_id")
-    known = {
-        (int(file["image_id"]), int(file["label"])) for file in known_files(product)
-    }  # by their contents, whatever they are called
-    for n in np.unique(number):
-        named = image_hash(embedder.pictures.images[n]) == labels[n] or (int(image_id[n]), int(labels[n])) in known
-        if not named and usable[number == n].any():
-            problems.append(f"image {image_id[n]} has another name or size in the annotations, or is not there")
-            usable[number == n] = False
+    image_id, number = product.table("image_id"), embedder.images_of(rows)
+    known = {*zip(*(known_files(product)[name].tolist() for name in ("image_id", "label")), strict=True)}
+    labels = zip(embedder.pictures.images, product.table("image_hash").tolist(), strict=True)
+    same = np.array(  # by its name, or by its contents, whatever it is called
+        [label == image_hash(image) or (image.id, label) in known for image, label in labels], bool
+    )
+    other = np.unique(image_id[number[usable & ~same[number]]]).tolist()
+    problems = [f"image {image} has another name or size in the annotations, or is not there" for image in other]
+    usable &= same[number]
     batches, new = embedder.groups(rows[usable], BATCH_ROWS), np.zeros(have.shape)
     new[usable], unread = embedder.embed(progress(batches, f"sample of {product.level}", "batch"))
     problems += [f"image {image}: {problem}" for image, problem in unread.items()]

@@ -27,7 +27,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.picture_files import LATER, write_files
 from hdovd.cache.product import Product
-from hdovd.cache.rows import Rows, open_rows
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import (
     CHUNK_ROWS,
     IMAGE_PART_ROWS,
@@ -451,7 +451,7 @@ class Extraction:
     def _rows_again(self, unit: Unit) -> PartRows:
         """The rows of a finished part, those of images that could not be read to be embedded again."""
         product, (start, stop) = self.product(unit.level), self.product(unit.level).rows_of(unit.part)
-        rows = open_rows(product, "embedding", parts={unit.part}, checked=True).read(start, stop)
+        rows = Rows(product, "embedding", parts={unit.part}, checked=True).read(start, stop)
         embedder = self.embedders[unit.level]
         image_ids = self.table.image_id[embedder.images_of(np.arange(start, stop))]
         return PartRows(embedder, start, np.array(rows), np.isin(image_ids, [*product.failed()]))
@@ -465,7 +465,7 @@ class Extraction:
         right.
         """
         if level not in self._donors:
-            self._donors[level] = open_rows(donor, "embedding", parts=donor.finished(), checked=True)
+            self._donors[level] = Rows(donor, "embedding", parts=donor.finished(), checked=True)
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
         pieces = [self._donors[level].read(int(run[0]), int(run[-1]) + 1) for run in runs]
         return np.concatenate([np.zeros((0, self.teacher.dim), np.float16), *pieces])
@@ -473,7 +473,7 @@ class Extraction:
     def _pseudo_labels(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Of the rows of a part, from what the cache holds of its crops and of the nouns."""
         instances = self.product(Level.INSTANCE)
-        embeddings = open_rows(instances, "embedding", parts={start // instances.part_rows}).read(start, stop)
+        embeddings = Rows(instances, "embedding", parts={start // instances.part_rows}).read(start, stop)
         nouns, inputs = self.product(Level.NOUN).table("embedding"), self.plans[Level.PSEUDO_LABEL].inputs
         temperature = inputs.get("verdicts", {}).get("temperature", TEMPERATURE)
         rule = LabelRule.of(inputs)

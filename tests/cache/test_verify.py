@@ -180,12 +180,9 @@ def test_every_byte_of_a_record_counts(catalog: Catalog) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (
-            lambda f: f.write_bytes(f.read_bytes()[:-1]),
-            "part 1, embedding/c/1/0, rows 4 to 7: expected 84 bytes, found 83",
-        ),
-        (lambda f: f.write_bytes(b""), "part 1, embedding/c/1/0, rows 4 to 7: expected 84 bytes, found 0"),
-        (lambda f: f.unlink(), "part 1, embedding/c/1/0, rows 4 to 7: expected 84 bytes, found no such object"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-1]), "part 1, embedding/c/1/0: expected 84 bytes, found 83"),
+        (lambda f: f.write_bytes(b""), "part 1, embedding/c/1/0: expected 84 bytes, found 0"),
+        (lambda f: f.unlink(), "part 1, embedding/c/1/0: expected 84 bytes, found no such object"),
         (
             lambda f: (f.parents[2] / "c/7").write_text("x"),
             ", embedding/c/7: expected nothing there, found an object that no record names",
@@ -200,8 +197,7 @@ def test_every_byte_of_a_record_counts(catalog: Catalog) -> None:
         ),
         (
             lambda f: (f.parents[3] / "parts/000001.json").unlink(),
-            "part 1, parts/000001.json, rows 4 to 7: expected the record of a part that "
-            "set default needs, found no such object",
+            "part 1, parts/000001.json: expected the record of a part that set default needs, found no such object",
         ),
     ],
     ids=["truncated", "empty", "deleted", "extra shard", "extra record", "extra file", "no record"],

@@ -262,7 +262,7 @@ def test_damage_is_named_and_made_again_to_the_byte(
     before, lines = _times(copied), list[str]()
     assert mended(copied, log=lines.append) == []
     (line,) = lines[: next(number for number, line in enumerate(lines) if line.startswith("checked "))]
-    assert f"{name}: " in line or f"{name}, rows " in line
+    assert f"{name}: " in line
     assert (f", part {part}, " in line) == isinstance(part, int)
     assert (", tables, " in line) == (part == TABLES)
     assert re.search(": expected .*, found ", line)
@@ -366,7 +366,7 @@ def test_swapped_rows_are_found_by_their_checksum(copied: Path, check: Callable[
     _swap_rows(copied)
     record.write_bytes(before)
     (finding,) = check(copied).findings
-    assert (finding.part, finding.where) == (1, "rows 64 to 127")
+    assert finding.part == 1
     assert finding.expected.startswith("sha256 ")
 
 
