@@ -27,7 +27,6 @@ from hdovd.cache.schema import (
     TABLE_ARRAYS,
     TABLES,
     Level,
-    Source,
     row_arrays,
 )
 from hdovd.cache.store import Folder
@@ -35,7 +34,6 @@ from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
 
 COSINE_TOLERANCE = 0.01
-RANGES_SHOWN = 4
 MOST_MISSING = 100  # parts of a product that are named
 RECORDS = {  # by kind, what is expected, and what to do
     "groups": (f"the metadata of a cache of schema {SCHEMA_VERSION}", ""),
@@ -43,8 +41,7 @@ RECORDS = {  # by kind, what is expected, and what to do
     NAMED: ("the name of a set", ""),
     "runs": ("the record of a run", ": delete it (gc then does not know of that run)"),
 }
-# An array, where (n,) bool it is wrong, what is expected, its values; and what `expected` may name the row of.
-Check = tuple[Any, ...]
+Check = tuple[str, np.ndarray, str, np.ndarray]  # an array, where (n,) bool it is wrong, what is expected, its values
 Names = list[tuple[Level, str]]  # of products: level and key
 
 
@@ -95,11 +92,8 @@ class Checked:
 
 def product_names(folder: Folder) -> Names:
     """Every product of a cache, damaged ones too: whatever has a folder LEVEL/KEY with something in it."""
-    levels = {str(level) for level in Level}
-    found = {
-        tuple(name.split("/")[:2]) for name in folder.sizes("") if name.split("/")[0] in levels and name.count("/") > 1
-    }
-    return [(Level(level), key) for level, key in sorted(found, key=lambda p: (list(Level).index(Level(p[0])), p[1]))]
+    found = {level: {name.split("/")[1] for name in folder.sizes(level) if name.count("/") > 1} for level in Level}
+    return [(level, key) for level, keys in found.items() for key in sorted(keys)]
 
 
 def unsealed_records(folder: Folder) -> list[str]:
@@ -180,24 +174,16 @@ def check_attributes(product: Product) -> list[Finding]:
 
 
 def check_tables(product: Product) -> list[Finding]:
-    """The tables of a product against each other, and against its key inputs. Raises what Zarr raises for what it
-    cannot read.
+    """The arrays of a product, by dtype and shape, and its tables against its key inputs. Raises what Zarr raises for
+    what it cannot read.
     """
     tables = {name: product.table(name) for name in TABLE_ARRAYS[product.level]}
-    wrong = [*_check_shapes(product, tables)]
-    if wrong or not tables:
+    if wrong := [*_check_shapes(product, tables)]:
         return wrong
-    wrong += _check_images(tables, product.rows)
-    if not wrong and "box" in tables:
-        wrong += _findings(product, 0, _box_checks(tables))
-    if not wrong:
-        found = table_inputs(product.level, tables)
-        wanted = {name: product.key_inputs[name] for name in found}
-        wrong += [
-            Finding(f"parts/{TABLES}.json", "tables that give the key inputs", line)
-            for line in differences(wanted, found, sides=("the key inputs say", "the tables give"))
-        ]
-    return wrong
+    found = table_inputs(product.level, tables)
+    wanted = {name: product.key_inputs[name] for name in found}
+    lines = differences(wanted, found, sides=("the key inputs say", "the tables give"))
+    return [Finding(f"parts/{TABLES}.json", "tables that give the key inputs", line) for line in lines]
 
 
 def _check_shapes(product: Product, tables: Mapping[str, np.ndarray]) -> Iterator[Finding]:
@@ -222,125 +208,71 @@ def _check_shapes(product: Product, tables: Mapping[str, np.ndarray]) -> Iterato
             yield Finding(f"{name}/zarr.json", "{} {}".format(*expected), f"{array.dtype} {array.shape}")
 
 
-def _check_images(tables: Mapping[str, np.ndarray], rows: int) -> Iterator[Finding]:
-    offset = tables.get("offset", np.array([0, rows]))
-    if offset[0] != 0 or offset[-1] != rows or (np.diff(offset) < 0).any():
-        yield Finding("offset", f"numbers that do not fall, from 0 to {rows}, the number of rows", shorten([*offset]))
-    ids, counts = np.unique(tables["image_id"], return_counts=True)
-    if len(twice := ids[counts > 1].tolist()):
-        yield Finding(
-            "image_id", "every image once", f"{len(twice)} ids more than once", where=f"image {shorten(twice)}"
-        )
-    if "image_size" in tables and len(small := tables["image_id"][(tables["image_size"] <= 0).any(axis=1)]):
-        where = f"image {shorten(small.tolist())}"
-        yield Finding("image_size", "widths and heights above 0", "others", where=where)
-
-
-def _box_checks(tables: Mapping[str, np.ndarray]) -> list[Check]:
-    box = tables["box"]
-    checks: list[Check] = [
-        ("box", ~np.isfinite(box).all(axis=1), "finite numbers", box),
-        ("box", (box[:, 2:] <= box[:, :2]).any(axis=1), "boxes with an area, xyxy", box),
-    ]
-    if "image_size" in tables:
-        size = np.repeat(tables["image_size"], np.diff(tables["offset"]), axis=0)
-        outside = (box[:, :2] < 0).any(axis=1) | (box[:, 2:] > size).any(axis=1)
-        checks.append(("box", outside, "boxes inside the image of {0[0]}x{0[1]}", box, size))
-    if "source" in tables:
-        source, score, annotation_id = tables["source"], tables["score"], tables["annotation_id"]
-        mixed = (annotation_id == -1) != (source == Source.PROPOSAL)
-        checks += [
-            ("source", ~np.isin(source, list(Source)), "0 (base box) or 1 (proposal)", source),
-            ("annotation_id", mixed, "-1 for proposals and for nothing else", annotation_id),
-            ("score", ~np.isfinite(score), "finite numbers", score),
-        ]
-    return checks
-
-
 def check_rows(product: Product, part: int, failed: set[int]) -> Iterator[Finding]:
     """The rows of one part; `failed`: the images that it says could not be read."""
-    has_images = failed and "image_id" in TABLE_ARRAYS[product.level]
-    if strangers := failed - set(product.table("image_id").tolist() if has_images else ()):
-        yield Finding(
-            f"parts/{part:06d}.json", "failed images that the product has", f"image {shorten([*sorted(strangers)])}"
-        )
-    labels = product.level is Level.PSEUDO_LABEL
-    checks = _label_checks(product, part) if labels else _embedding_checks(product, part, failed)
-    yield from _findings(product, product.rows_of(part)[0], checks)
+    known = product.table("image_id") if failed and "image_id" in TABLE_ARRAYS[product.level] else ()
+    if strangers := failed.difference(known):
+        yield Finding(record_of(part), "failed images that the product has", f"image {shorten([*sorted(strangers)])}")
+    checks = (
+        _label_checks(product, part) if product.level is Level.PSEUDO_LABEL else _norm_checks(product, part, failed)
+    )
+    for array, wrong, expected, values in checks:
+        rows = np.flatnonzero(wrong)
+        if len(rows):
+            where = name_rows(product, rows + product.rows_of(part)[0])
+            yield Finding(product.row_objects(part)[array], expected, str(np.round(values[rows[0]], 4)), where=where)
 
 
-def _embedding_checks(product: Product, part: int, failed: set[int]) -> list[Check]:
+def _norm_checks(product: Product, part: int, failed: set[int]) -> list[Check]:
     start, stop = product.rows_of(part)
     rows = Rows(product, "embedding", parts={part})
     blocks = (rows.read(first, min(first + CHUNK_ROWS, stop)) for first in range(start, stop, CHUNK_ROWS))
     norms = np.concatenate([np.linalg.norm(block.astype(np.float32), axis=1) for block in blocks])
-    place, finite = product.row_objects(part)["embedding"], np.isfinite(norms)
     zero: np.ndarray = norms == 0
-    not_unit = finite & ~zero & (abs(norms - 1) > STORED_NORM_TOLERANCE)
+    unit = zero | (abs(norms - 1) <= STORED_NORM_TOLERANCE)
     if failed and zero.any():
         zero = np.logical_and(zero, np.isin(_images_of(product, np.arange(start, stop)), list(failed), invert=True))
     return [
-        (place, ~finite, "finite numbers", np.full(len(norms), "NaN or infinity")),
-        (place, not_unit, "rows of norm 1", norms),
-        (place, zero, "zeros only for images that could not be read", np.full(len(norms), "zeros")),
+        ("embedding", ~unit, "finite rows of norm 1", norms),
+        ("embedding", zero, "zeros only for images that could not be read", norms),
     ]
 
 
 def _label_checks(product: Product, part: int) -> list[Check]:
-    start, stop = product.rows_of(part)
-    places = product.row_objects(part)
-    values = {name: Rows(product, name, parts={part}).read(start, stop) for name in places}
-    noun, cosine = values["noun"], values["noun_cosine"]
+    read = {name: Rows(product, name, parts={part}).read(*product.rows_of(part)) for name in product.row_objects(part)}
+    noun, cosine = read["noun"], read["noun_cosine"]
     most = Product(product.folder, Level.NOUN, str(product.key_inputs["noun"])).rows
     no_cosine = ~(abs(cosine) <= 1 + COSINE_TOLERANCE) | ((noun == -1) & (cosine != 0))
     checks: list[Check] = [
-        (places["noun"], (noun < -1) | (noun >= most), f"-1 to {most - 1}", noun),
-        (places["noun_cosine"], no_cosine, "cosines, and 0 where there is no noun", cosine),
+        ("noun", (noun < -1) | (noun >= most), f"-1 to {most - 1}", noun),
+        ("noun_cosine", no_cosine, "cosines, and 0 where there is no noun", cosine),
     ]
-    if product.dim:  # of several nouns: the winner first, weights that add up to 1, nothing where there is no noun
-        top, weight, total = values["top_noun"], values["top_weight"], np.where(noun == -1, 0, 1)
+    if product.dim:  # of several nouns
+        top, weight = read["top_noun"], read["top_weight"]
         bad = ((top < -1) | (top >= most)).any(axis=1) | (top[:, 0] != noun)
-        adds_up = abs(weight.sum(axis=1) - total) <= COSINE_TOLERANCE
+        adds_up = abs(weight.sum(axis=1) - np.where(noun == -1, 0, 1)) <= COSINE_TOLERANCE
         sound = adds_up & ((weight >= 0) & ((top >= 0) | (weight == 0))).all(axis=1)
         checks += [
-            (places["top_noun"], bad, "nouns, {} first", top, noun),
-            (places["top_weight"], ~sound, "weights that add up to {}", weight, total),
+            ("top_noun", bad, "nouns, the label's own first", top),
+            ("top_weight", ~sound, "weights that add up to 1, and 0 where there is no noun", weight),
         ]
     return checks
 
 
-def _findings(product: Product, start: int, checks: Iterable[Check]) -> Iterator[Finding]:
-    """One for all rows, from `start` on, where a check is True, with the value of the first."""
-    for array, wrong, expected, values, *about in checks:
-        rows = np.flatnonzero(wrong)
-        if len(rows):
-            value = values[rows[0]]
-            found = f"{value:.4g}" if values.dtype.kind == "f" and values.ndim == 1 else str(value.tolist())
-            expected = expected.format(*(column[rows[0]] for column in about))
-            yield Finding(array, expected, found, where=name_rows(product, rows + start))
-
-
 def name_rows(product: Product, rows: np.ndarray) -> str:
     """Rows of a product, and the names or images that they are of, in words."""
+    said = f"row{'s' if len(rows) > 1 else ''} {shorten(rows.tolist())}"
     if product.names:
-        return f"{_ranges(rows)} ({shorten([product.names[row] for row in rows])})"
+        return f"{said} ({shorten([product.names[row] for row in rows])})"
     if product.level is Level.PSEUDO_LABEL:
-        return _ranges(rows)
-    return f"{_ranges(rows)} (image {shorten([*dict.fromkeys(_images_of(product, rows).tolist())])})"
+        return said
+    return f"{said} (image {shorten([*dict.fromkeys(_images_of(product, rows).tolist())])})"
 
 
 def _images_of(product: Product, rows: np.ndarray) -> np.ndarray:
     """(n,) ids of the images that rows (n,) are of."""
     place = rows if product.level is Level.IMAGE else np.searchsorted(product.table("offset"), rows, "right") - 1
     return product.table("image_id")[place]
-
-
-def _ranges(rows: np.ndarray) -> str:
-    """Sorted row numbers in words: "row 3", "rows 3 to 7, 9 and 12 more"."""
-    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-    shown = ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs[:RANGES_SHOWN])
-    rest = sum(map(len, runs[RANGES_SHOWN:]))
-    return f"row{'s' if len(rows) > 1 else ''} {shown}" + (f" and {rest} more" if rest else "")
 
 
 class ProductCheck:
@@ -364,8 +296,7 @@ class ProductCheck:
         records = self._read_records()
         listed = self.folder.sizes(self.prefix)  # after the records: what these name was there before
         for part, record in records.items():
-            sound = self._check_objects(part, record, listed)
-            if self.product is None or not sound:
+            if not self._check_objects(part, record, listed) or self.product is None:
                 continue
             with self._adding(record_of(part), "values that can be read", part):  # whatever Zarr and numpy raise
                 if part == TABLES:
