@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import KeyInputs, key_of
@@ -130,22 +129,14 @@ class Product:
         """The parts that hold such images."""
         return sorted(part for part, record in self.records().items() if record["failed"] and isinstance(part, int))
 
-    @cached_property
-    def _group(self) -> zarr.Group:
+    def array(self, name: str) -> zarr.Array[Any]:
+        """Raises HdovdError if its metadata are not there or not readable."""
         import zarr  # here: catalogs list products by their metadata alone
 
         from hdovd.cache.zarr_store import FolderStore
 
-        return zarr.open_group(FolderStore(self.folder, self.prefix), mode="r", zarr_format=3)
-
-    def array(self, name: str) -> zarr.Array[Any]:
-        """Raises HdovdError if its metadata are not there or not readable."""
-        import zarr
-
         with naming_damage(f"{self.folder.url}/{self.prefix}/{name}/zarr.json"):
-            array = self._group[name]
-            if not isinstance(array, zarr.Array):
-                raise ValueError("no array")
+            array = zarr.open_array(FolderStore(self.folder, f"{self.prefix}/{name}"), mode="r", zarr_format=3)
             rows, *rest = array.shards or array.chunks
             if (
                 not 0 < rows <= max(self.part_rows, PART_ROWS)

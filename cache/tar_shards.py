@@ -110,10 +110,10 @@ class TarMeta:
             require_seal(tree)
             if tree.get("tensors", found := _hash(tensors)) != found:  # older versions have no checksums
                 raise ValueError("its tensors have another checksum")
-            version = tree["schema_version"]
-            if version != SCHEMA_VERSION:
+            if tree["schema_version"] != SCHEMA_VERSION:
                 raise HdovdError(
-                    f"{where} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: export the cache again"
+                    f"{where} has cache schema {tree['schema_version']}, this hdovd reads {SCHEMA_VERSION}: export the "
+                    f"cache again"
                 )
             products = {Level(level): product for level, product in tree["products"].items()}
             meta = cls(
@@ -268,13 +268,9 @@ class TarSample:
                 yield self._file(f"{name}.npy", file.getvalue())
 
     def _file(self, extension: str, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
-        member = tarfile.TarInfo(f"{key_of_image(self.image_id)}.{extension}")
+        member = tarfile.TarInfo(f"{self.image_id:012d}.{extension}")
         member.size = len(data)
         return member, data
-
-
-def key_of_image(image_id: int) -> str:
-    return f"{image_id:012d}"
 
 
 def _extension(file_name: str) -> str:
@@ -361,7 +357,7 @@ class TarShards:
             if not isinstance(sums, list) or len(sums) != len(places):
                 sums, verify = None, True
             for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
-                expected = key_of_image(int(ids[place])) if place < places.stop else "no more"
+                expected = f"{int(ids[place]):012d}" if place < places.stop else "no more"
                 if sample["__key__"] != expected:
                     raise HdovdError(
                         f"{url} holds sample {sample['__key__']} where {expected} is expected: is it another export's?"

@@ -260,8 +260,7 @@ def _inside(
     image: ImageBoxes, boxes: np.ndarray, scores: np.ndarray, rows: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], int]:
     """All of the boxes that have an area in the image, cut to it, and how many have none."""
-    edge = np.array([image.width, image.height, image.width, image.height], np.float32)
-    cut = boxes.clip(0, edge)
+    cut = boxes.clip(0, np.array([image.width, image.height] * 2, np.float32))
     keep = np.isfinite(boxes).all(axis=1) & np.isfinite(scores) & (cut[:, 2:] > cut[:, :2]).all(axis=1)
     return cut[keep], scores[keep], [r[keep] for r in rows], int((~keep).sum())
 
@@ -406,16 +405,15 @@ def _write_rows(read: Read, split: Split, found: _Survey, writers: dict[Level, P
             row = np.zeros((1, found.dim), np.float32) if whole is None else whole[None]
             parts[Level.IMAGE].add({"embedding": row}, why)
         if Level.PSEUDO_LABEL in parts:
-            source = found.table.source[start:stop]
-            parts[Level.PSEUDO_LABEL].add(_pseudo_labels(image, rows, source, found.texts, nouns))
+            extra = found.table.source[start:stop] == Source.PROPOSAL
+            parts[Level.PSEUDO_LABEL].add(_pseudo_labels(image, rows, extra, found.texts, nouns))
 
 
 def _pseudo_labels(
-    image: ForeignImage, rows: np.ndarray, source: np.ndarray, texts: dict[bytes, int], nouns: np.ndarray
+    image: ForeignImage, rows: np.ndarray, extra: np.ndarray, texts: dict[bytes, int], nouns: np.ndarray
 ) -> dict[str, Any]:
     noun, cosine = np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.float32)
     if image.proposal_text is not None and len(image.proposal_text):
-        extra = source == Source.PROPOSAL
         noun[extra] = [texts[row.tobytes()] for row in image.proposal_text.astype(np.float16)]
         cosine[extra] = (rows[extra] * nouns[noun[extra]]).sum(axis=1)
     return {"noun": noun, "noun_cosine": cosine}

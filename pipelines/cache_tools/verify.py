@@ -9,8 +9,8 @@ anew, pictures or a CLIP that are not those of then.
 
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,10 @@ from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig, settings_of
 from hdovd.pipelines.common.console import progress, size
-from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.embedders import Embedder, Pictures, embedders_of
 from hdovd.pipelines.extraction.config import LabelChoice, recipe_of
 from hdovd.pipelines.extraction.identities import image_hash, picture_hashes
-from hdovd.pipelines.teachers.base import TEACHERS, Activation, Teacher
+from hdovd.pipelines.teachers.base import TEACHERS, Teacher
 from hdovd.pipelines.teachers.prompts import read_templates, shipped_templates
 
 LEAST_COSINE = 0.99
@@ -98,9 +97,8 @@ def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
     inputs, table = product.key_inputs, product.table
     by_id = {image.id: image for image in split.images}
     images = [by_id.get(image_id, GONE) for image_id in table("image_id").tolist()]
-    on_boxes = product.level is Level.INSTANCE
-    offset, box = (table("offset"), table("box")) if on_boxes else (np.zeros(1), np.zeros((0, 4)))
-    pictures = Pictures(images, split.path, offset, box, split.exif)
+    of_boxes = (table("offset"), table("box")) if product.level is Level.INSTANCE else (np.zeros(1), np.zeros((0, 4)))
+    pictures = Pictures(images, split.path, *of_boxes, split.exif)
     embedder = embedders_of(teacher, pictures, recipe_of(inputs))[product.level]
     if "weights_sha256" in inputs["clip"]:
         clip = {**teacher.identity, "compute_dtype": inputs["clip"].get("compute_dtype")}
@@ -197,13 +195,11 @@ def check_cache(config: CheckConfig, teacher: Teacher | None = None) -> Checked:
 def _check_folder(config: CheckConfig, report: Checked, teacher: Teacher | None) -> None:
     folder = open_folder(config.cache)
     sets, more = check_records(folder)
-    known = {*(f"sets/{name}.json" for name in sets), *(finding.place for finding in more)}
-    if config.features is not None and f"sets/{config.features}.json" not in known:
+    if config.features is not None and not folder.exists(f"sets/{config.features}.json"):
         raise HdovdError(
             f"{config.cache} has no set of features named {config.features}; it has {', '.join(sets) or 'none'}"
         )
     report.add(more)
-    readable = len(sets) == len(folder.sizes("sets")) and not any(f.place in group_objects() for f in report.findings)
     looked_at = {name: features for name, features in sets.items() if config.features in (None, name)}
     needed = {product: f"set {name}" for name, features in looked_at.items() for product in features.levels.items()}
     wanted = list(dict.fromkeys([*(product_names(folder) if config.features is None else ()), *needed]))
@@ -212,15 +208,13 @@ def _check_folder(config: CheckConfig, report: Checked, teacher: Teacher | None)
         bar.unit_scale = True
         for product in wanted:
             findings = ProductCheck(folder, product, needed.get(product, ""), report, bar.update).run()
-            if findings:
-                bar.clear()
+            bar.clear()
             report.add(findings)
     for name, features in looked_at.items():
-        if readable and not any(f.product in set(features.levels.items()) for f in report.findings):
+        if not any(finding.product in (None, *features.levels.items()) for finding in report.findings):
             report.add(check_set(folder, name, features))
-    load = lru_cache(_load_clip) if teacher is None else lambda *_: teacher  # sets of one CLIP share it
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
-        _check_pictures(config, name, features, report, load)
+        _check_pictures(config, name, features, report, teacher)
     log(
         *(f"not finished, which is no fault: {line}" for line in report.unfinished),
         *(
@@ -233,7 +227,7 @@ def _check_folder(config: CheckConfig, report: Checked, teacher: Teacher | None)
 
 
 def _check_pictures(
-    config: CheckConfig, name: str, features: FeatureSet, report: Checked, load: Callable[..., Teacher]
+    config: CheckConfig, name: str, features: FeatureSet, report: Checked, teacher: Teacher | None
 ) -> None:
     """Pictures whose files are not those that a set was made from, and a sample of its rows; nothing of products that
     are damaged.
@@ -245,11 +239,15 @@ def _check_pictures(
             "run because a cache names it. Leave --sample out"
         )
     try:
-        protocol = load_protocol(settings.protocol)
         with quiet():
-            split = settings.data.load("train2017", protocol, base_only=True, exif=settings.exif)
-        clip = settings.clip, settings.pretrained, settings.device, settings.precision, settings.activation
-        teacher = load(*clip) if config.sample else None
+            split = settings.data.load(
+                "train2017", load_protocol(settings.protocol), base_only=True, exif=settings.exif
+            )
+        if config.sample and teacher is None:
+            from hdovd.pipelines.teachers.openclip import load_clip
+
+            compute = {name: getattr(settings, name) for name in ("device", "precision", "activation")}
+            teacher = load_clip(settings.clip, settings.pretrained, **compute)
     except HdovdError as error:
         raise HdovdError(
             f"{error}\nSet {name} was made from this. If it lies elsewhere now, say where: --data (or --images, "
@@ -261,14 +259,8 @@ def _check_pictures(
         found = f"{len(changed)} of another content, which extract-clip embeds again"
         where = f"images {shorten([*changed])}"
         report.add([Finding(str(split.folder), f"the pictures that set {name} was made from", found, where=where)])
-    if teacher is not None:
+    if config.sample and teacher is not None:
         _sample(config, features, split, teacher, report)
-
-
-def _load_clip(clip: str, pretrained: str | None, device: str, precision: Precision, activation: Activation) -> Teacher:
-    from hdovd.pipelines.teachers.openclip import load_clip
-
-    return load_clip(clip, pretrained, device=device, precision=precision, activation=activation)
 
 
 def _check_shards(config: CheckConfig, report: Checked) -> None:
@@ -311,9 +303,12 @@ def _mark_missing(config: CheckConfig, findings: Sequence[Finding]) -> None:
     if not gone:
         return
     damaged = {finding.product for finding in findings if not str(finding.part).startswith(INDEX)}
-    again = {name: features for name, features in sets.items() if damaged & features.levels.items()}
     commands = [
-        *(extract_command(config.cache, name, features.made_from) for name, features in again.items()),
+        *(
+            extract_command(config.cache, name, of.made_from)
+            for name, of in sets.items()
+            if damaged & of.levels.items()
+        ),
         *[f"hdovd cache index {shlex.quote(str(config.cache))}"] * any(f"/{INDEX}" in name for name in gone),
         *(f"the hdovd extract-clip command of set {name[5:-5]}" for name in lost),
     ]
