@@ -204,8 +204,10 @@ class Catalog:
 def group_objects() -> dict[str, bytes]:
     """The metadata of the root and of every level, by name: all that an empty cache consists of."""
     attributes = {"zarr.json": {"schema_version": SCHEMA_VERSION}, **{f"{level}/zarr.json": {} for level in Level}}
-    group = {"zarr_format": 3, "node_type": "group"}
-    return {name: json.dumps({"attributes": found, **group}, indent=2).encode() for name, found in attributes.items()}
+    return {
+        name: json.dumps({"attributes": found, "zarr_format": 3, "node_type": "group"}, indent=2).encode()
+        for name, found in attributes.items()
+    }
 
 
 def read_run(url: str, name: str, text: bytes) -> RunRecord:

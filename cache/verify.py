@@ -181,8 +181,10 @@ def check_tables(product: Product) -> list[Finding]:
         return wrong
     found = table_inputs(product.level, tables)
     wanted = {name: product.key_inputs[name] for name in found}
-    lines = differences(wanted, found, sides=("the key inputs say", "the tables give"))
-    return [Finding(f"parts/{TABLES}.json", "tables that give the key inputs", line) for line in lines]
+    return [
+        Finding(record_of(TABLES), "tables that give the key inputs", line)
+        for line in differences(wanted, found, sides=("the key inputs say", "the tables give"))
+    ]
 
 
 def _check_shapes(product: Product, tables: Mapping[str, np.ndarray]) -> Iterator[Finding]:
@@ -391,8 +393,11 @@ def _objects_of(product: Product, part: int | str, names: set[str]) -> set[str]:
     if part != TABLES:
         return {part}
     tables = TABLE_ARRAYS[product.level]
-    metadata = [f"{name}/zarr.json" for name in (*row_arrays(product.level, product.dim), *tables)]
-    return {"zarr.json", *metadata, *(name for name in names if name.split("/")[0] in tables)}
+    return {
+        "zarr.json",
+        *(f"{name}/zarr.json" for name in (*row_arrays(product.level, product.dim), *tables)),
+        *(name for name in names if name.split("/")[0] in tables),
+    }
 
 
 def _damage(error: BaseException) -> str:

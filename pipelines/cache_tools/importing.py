@@ -85,8 +85,7 @@ class ForeignImage:
 
     def rows(self) -> np.ndarray:
         """Base boxes, then proposals, as the box table has them: (n + m, D)."""
-        parts = [rows for rows in (self.base_embedding, self.proposal_embedding) if rows is not None]
-        return np.concatenate(parts)
+        return np.concatenate([rows for rows in (self.base_embedding, self.proposal_embedding) if rows is not None])
 
 
 def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[ForeignImage]:
@@ -357,8 +356,11 @@ def _begin(config: ImportConfig, found: _Survey, catalog: Catalog) -> dict[Level
     if Level.IMAGE in found.content:
         inputs[Level.IMAGE] = {**origin, "content": found.content[Level.IMAGE], **of_images}
     if names:
-        texts = hashlib.sha256(b"".join(found.texts)).hexdigest()
-        inputs[Level.NOUN] = {**origin, "content": texts, "names": {"count": len(names)}}
+        inputs[Level.NOUN] = {
+            **origin,
+            "content": hashlib.sha256(b"".join(found.texts)).hexdigest(),
+            "names": {"count": len(names)},
+        }
         inputs[Level.PSEUDO_LABEL] = {
             **schema,
             "instance": key_of(inputs[Level.INSTANCE]),

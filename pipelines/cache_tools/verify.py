@@ -256,9 +256,16 @@ def _check_pictures(
     damaged = {finding.product for finding in report.findings}
     sound = [Product(folder, *product) for product in features.levels.items() if product not in damaged]
     if changed := picture_hashes(split, sound).changed:
-        found = f"{len(changed)} of another content, which extract-clip embeds again"
-        where = f"images {shorten([*changed])}"
-        report.add([Finding(str(split.folder), f"the pictures that set {name} was made from", found, where=where)])
+        report.add(
+            [
+                Finding(
+                    str(split.folder),
+                    f"the pictures that set {name} was made from",
+                    f"{len(changed)} of another content, which extract-clip embeds again",
+                    where=f"images {shorten(changed)}",
+                )
+            ]
+        )
     if config.sample and teacher is not None:
         _sample(config, features, split, teacher, report)
 

@@ -279,7 +279,7 @@ def test_wrong_tables(tmp_path: Path, name: str, values: np.ndarray, expected: s
         (lambda rows: rows.__setitem__((slice(2, 4), 0), np.inf), "rows 6, 7 (image 23): expected finite rows"),
         (
             lambda rows: rows.__imul__(np.float16(1.01)),
-            "rows 4, 5, 6, 7 (image 40, 7, 23): expected finite rows of norm 1, found 1.01",
+            "rows 4, 5, 6, 7 (image 40, 7, 23): expected finite rows of norm 1, found 1.0",
         ),
         (
             lambda rows: rows.__setitem__([0, 3], 0),
