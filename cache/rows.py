@@ -66,7 +66,7 @@ class Rows:
         except _NotPlainError as error:
             if mapped:
                 raise HdovdError(f"{product.folder.url}: {name} of {product} cannot be mapped: {error}") from None
-            self.mapped = False
+            self.mapped, self._shards = False, {}
         if not self.mapped:  # whole chunks of one part: the next part may be missing
             self._size = array.chunks[0] * math.gcd(CHUNKS_AT_ONCE, product.part_rows // array.chunks[0])
             per_chunk = max(1, self._size * int(np.prod(array.shape[1:], dtype=int)) * array.dtype.itemsize)

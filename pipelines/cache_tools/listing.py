@@ -343,19 +343,14 @@ def find_product(catalog: Catalog, name: str) -> Product:
     """The product whose key begins so. Raises HdovdError if there is none, or more than one."""
     keys = product_names(catalog.folder)
     found = [(level, key) for level, key in keys if len(name) >= LEAST_PREFIX and key.startswith(name)]
-    if len(found) == 1:
-        return Product(catalog.folder, *found[0])
-    if found:
+    if len(found) != 1:
         raise HdovdError(
-            f"{name} begins {len(found)} keys of {catalog.folder.url}, give more of it: "
-            + ", ".join(f"{level} {key}" for level, key in found)
+            f"{catalog.folder.url} has no set {name}, and {len(found)} products whose keys begin so: give a set, or "
+            f"{LEAST_PREFIX} characters of a key at least, so many that it is one product's. Sets: "
+            f"{', '.join(catalog.sets()) or 'none'}; "
+            f"products: {', '.join(f'{level} {key[:12]}' for level, key in found or keys) or 'none'}"
         )
-    short_name = f" ({LEAST_PREFIX} characters of a key at least)" if len(name) < LEAST_PREFIX else ""
-    raise HdovdError(
-        f"{catalog.folder.url} has no set and no product {name}{short_name}. Sets: "
-        f"{', '.join(catalog.sets()) or 'none'}; "
-        f"products: {', '.join(f'{level} {key[:12]}' for level, key in keys) or 'none'}"
-    )
+    return Product(catalog.folder, *found[0])
 
 
 def difference_lines(a: Catalog, a_name: str, b: Catalog, b_name: str) -> list[str]:
