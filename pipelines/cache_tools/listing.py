@@ -193,19 +193,7 @@ def product_lines(catalog: Catalog) -> list[str]:
     unfinished = sum(not entry.state.startswith(("whole", "damaged")) for entry in entries)
     total = size(sum(entry.size for entry in entries))
     lines.append(f"{counted(len(entries), 'product')}{f' ({unfinished} not finished)' if unfinished else ''}, {total}")
-    if note:
-        return lines + note
-    rest, going_on = unused(entries)
-    if going_on:
-        lines.append(
-            f"{len(going_on)} of them belong to an extraction that is running, or can go on by its extract-clip command"
-        )
-    if rest:
-        lines.append(
-            f"no set and no run uses {len(rest)} of them, {size(sum(entry.size for entry in rest))}: "
-            f"hdovd cache gc {catalog.folder.url}"
-        )
-    return lines
+    return lines + note
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:
@@ -244,15 +232,7 @@ def age(seconds: float) -> str:
 
 def info_lines(catalog: Catalog, name: str | None) -> list[str]:
     """A set (by default the default one) or a product, whole. Raises HdovdError for a name that is neither."""
-    sets = catalog.sets()
-    if name is None and DEFAULT_SET not in sets:
-        known = (
-            f"its sets: {', '.join(sets)}; hdovd cache info {catalog.folder.url} NAME tells more of one"
-            if sets
-            else "no set is finished yet; these are its products"
-        )
-        return [f"{catalog.folder.url} has no set {DEFAULT_SET}: {known}", "", *product_lines(catalog)]
-    wanted = name or DEFAULT_SET
+    sets, wanted = catalog.sets(), name or DEFAULT_SET
     entries = inventory(catalog.folder, catalog.users())
     if wanted in sets:
         return _set_lines(catalog, wanted, sets[wanted], entries)
@@ -347,7 +327,7 @@ def find_product(catalog: Catalog, name: str) -> Product:
         raise HdovdError(
             f"{catalog.folder.url} has no set {name}, and {len(found)} products whose keys begin so: give a set, or "
             f"{LEAST_PREFIX} characters of a key at least, so many that it is one product's. Sets: "
-            f"{', '.join(catalog.sets()) or 'none'}; "
+            f"{', '.join(catalog.sets()) or 'none, as long as no extraction has finished'}; "
             f"products: {', '.join(f'{level} {key[:12]}' for level, key in found or keys) or 'none'}"
         )
     return Product(catalog.folder, *found[0])

@@ -8,7 +8,7 @@ stands below it. D embedding size.
 import random
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -262,15 +262,15 @@ def view_images(config: ViewConfig) -> list[Path]:
         )
     images, files = {image.id: image for image in split.images}, []
     for image in (images[image_id] for image_id in ids):
-        path, problem, picture = split.path(image), "", None
+        path, picture = split.path(image), None
         view = gather_view(cache, image.id, image, names=protocol.names, file=path, reliability=reliability)
-        log(*view_lines(view, protocol.novel))
         try:
             picture = read_image(path, image.width, image.height, exif=split.exif)
         except HdovdError as error:  # the extraction could not read it either: its boxes are still to be seen
-            problem = f"the picture cannot be read: {error}"
+            view = replace(view, notes=(*view.notes, f"the picture cannot be read: {error}"))
+        log(*view_lines(view, protocol.novel))
         files.append(config.out if config.out.suffix else config.out / f"{image.id}.png")
-        write_picture(files[-1], draw_view(view, picture, protocol.novel, problem), "PNG")
+        write_picture(files[-1], draw_view(view, picture, protocol.novel), "PNG")
         log(f"wrote {files[-1]}")
     return files
 
@@ -347,10 +347,8 @@ def _foot(view: CacheView, novel: Collection[str]) -> list[str]:
     return star + [f"note: {note}" for note in view.notes]
 
 
-def draw_view(
-    view: CacheView, picture: Image.Image | None, novel: Collection[str] = (), problem: str = ""
-) -> Image.Image:
-    """A sheet with the picture above and the table below. `picture`: None is drawn grey, and `problem` says why."""
+def draw_view(view: CacheView, picture: Image.Image | None, novel: Collection[str] = ()) -> Image.Image:
+    """A sheet with the picture above and the table below. `picture`: None is drawn grey."""
     width, height = picture.size if picture else view.size or (1, 1)
     scale = LONG_SIDE / max(width, height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -363,7 +361,7 @@ def draw_view(
         boxes.append(Labelled((left, top, right, bottom), str(k), row_colour(row, most)))
     canvas = Image.new("RGB", (LONG_SIDE, size[1]), PAPER)  # as wide as the table, so that nothing is enlarged
     canvas.paste(picture.resize(size, Image.Resampling.LANCZOS) if picture else GONE, (0, 0, *size))
-    table = _draw_table(view, novel, problem)
+    table = _draw_table(view, novel)
     sheet = Image.new("RGB", (table.width, canvas.height + table.height), PAPER)
     sheet.paste(draw_boxes(canvas, boxes), (0, 0))
     sheet.paste(table, (0, canvas.height))
@@ -379,15 +377,14 @@ def row_colour(row: ViewRow, most: float | None) -> Colour:
     return red, green, blue
 
 
-def _draw_table(view: CacheView, novel: Collection[str], problem: str) -> Image.Image:
+def _draw_table(view: CacheView, novel: Collection[str]) -> Image.Image:
     """What `view_lines` says, in columns: letters are not equally wide here."""
-    below = [f"note: {problem}"] * bool(problem) + _foot(view, novel)
     cells = [[cut_label(cell, WIDEST_COLUMN, SIZE) for cell in row] for row in _cells(view, novel)]
     columns = [
         max(label_font(cell, SIZE).getlength(cell) for cell in column) + GAP for column in zip(*cells, strict=True)
     ]
     lefts = [*accumulate(columns, initial=float(MARGIN))]
-    rows = [[line] for line in _title(view, novel)] + cells + [[line] for line in below]
+    rows = [[line] for line in _title(view, novel)] + cells + [[line] for line in _foot(view, novel)]
     sheet = Image.new("RGB", (max(LONG_SIDE, round(lefts[-1]) + MARGIN), LINE * len(rows) + 2 * MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, row in enumerate(rows):

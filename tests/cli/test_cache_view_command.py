@@ -200,5 +200,5 @@ def test_boxes_lie_where_they_are_whatever_the_picture(size: tuple[int, int]) ->
 
 def test_many_boxes_and_none() -> None:
     view = CacheView(7, None, (300, 200), tuple(_row(0.1, left=k) for k in range(150)), (), None, ("a note",) * 5)
-    sheet = draw_view(view, None, problem="gone")
+    sheet = draw_view(view, None)
     assert draw_view(replace(view, rows=()), None).height < sheet.height < 5_000
