@@ -74,10 +74,6 @@ class Garbage:
     partial: dict[str, int] = field(default_factory=dict)
     runs: list[RunRecord] = field(default_factory=list)
 
-    @property
-    def everything(self) -> list[object]:
-        return [*self.unused, *self.unfinished, *self.partial, *self.runs]
-
     def bytes(self, *, unfinished: bool) -> int:
         return sum(e.size for e in self.unused + (self.unfinished if unfinished else [])) + sum(self.partial.values())
 

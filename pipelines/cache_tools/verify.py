@@ -85,7 +85,18 @@ def _sample(config: CheckConfig, features: FeatureSet, split: Split, clip: Teach
             f"sample of {name}: {len(rows):,d} rows encoded again, cosine min {cosines.min():.4f}, mean "
             f"{cosines.mean():.4f}"
         )
-        report.add(_findings(product, rows, cosines))
+        low, parts = cosines < LEAST_COSINE, rows // product.part_rows
+        for part in np.unique(parts[low]).tolist():
+            mine = low & (parts == part)
+            finding = Finding(
+                f"{product.prefix}/{product.row_objects(part)['embedding']}",
+                f"a cosine of {LEAST_COSINE} or more with the CLIP's answer",
+                f"{cosines[mine].min():.4f} at the least",
+                (level, key),
+                part,
+                name_rows(product, rows[mine]),
+            )
+            report.add([finding])
 
 
 def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
@@ -135,24 +146,6 @@ def _cosines(product: Product, embedder: Embedder, rows: np.ndarray) -> tuple[np
     usable &= ~np.isin(image_id[number], [*unread])
     rows, have, new = rows[usable], have[usable], new[usable]
     return rows, (new * have).sum(axis=1) / np.linalg.norm(new, axis=1) / np.linalg.norm(have, axis=1), problems
-
-
-def _findings(product: Product, rows: np.ndarray, cosines: np.ndarray) -> list[Finding]:
-    """One a part."""
-    low, found = cosines < LEAST_COSINE, list[Finding]()
-    for part in np.unique(rows[low] // product.part_rows).tolist():
-        mine = low & (rows // product.part_rows == part)
-        found.append(
-            Finding(
-                f"{product.prefix}/{product.row_objects(part)['embedding']}",
-                f"a cosine of {LEAST_COSINE} or more with the CLIP's answer",
-                f"{cosines[mine].min():.4f} at the least",
-                (product.level, product.key),
-                part,
-                name_rows(product, rows[mine]),
-            )
-        )
-    return found
 
 
 OPTIONS = (
