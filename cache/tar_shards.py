@@ -373,8 +373,13 @@ class TarShards:
                 raise HdovdError(
                     f"{url} is cut short: {place - places.start} of {len(places)} samples; export or copy it again"
                 )
-            if verify and self._folder.sha256(_name(number, "tar")) != record.get("sha256"):
-                raise HdovdError(f"{url} is damaged: its sha256 is not that of its record; export or copy it again")
+            if verify and (
+                self._folder.sha256(_name(number, "tar")) != record.get("sha256")
+                or unfinished_shards(self._folder, [number])
+            ):
+                raise HdovdError(
+                    f"{url} is damaged: size or sha256 are not those of its record; export or copy it again"
+                )
 
     def decode(self, place: int, raw: RawSample) -> TarSample:
         """Raises HdovdError, naming the shard and the sample, if a file is missing or does not fit."""
