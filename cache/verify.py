@@ -78,9 +78,7 @@ class Checked:
     findings: list[Finding] = field(default_factory=list)
     products: int = 0
     parts: int = 0
-    objects: int = 0
     bytes: int = 0
-    rows: int = 0
     unfinished: list[str] = field(default_factory=list)
     sampled: dict[tuple[Level, str], np.ndarray] = field(default_factory=dict)
 
@@ -305,7 +303,6 @@ class ProductCheck:
                 elif isinstance(part, int):
                     self._add(check_rows(self.product, part, {int(image) for image in record["failed"]}), part)
                     self.checked.parts += 1
-                    self.checked.rows += len(range(*self.product.rows_of(part)))
         if self.product is not None:
             with self._adding("pictures", "what the files of the pictures were", None):
                 known_files(self.product)  # may be deleted: the cache then knows less
@@ -350,7 +347,6 @@ class ProductCheck:
             if path in damaged:
                 continue
             size = listed.get(path, 0)
-            self.checked.objects += 1
             self.checked.bytes += size
             if size != entry["bytes"] or path not in listed:
                 found = str(listed.get(path, "no such object"))

@@ -216,8 +216,8 @@ def _check_folder(config: CheckConfig, report: Checked, teacher: Teacher | None)
             f"no checksum: {line} was written by an older version; what it says was not checked"
             for line in unsealed_records(folder)
         ),
-        f"checked {counted(report.products, 'product')}: {report.objects:,d} objects of {size(report.bytes)} by "
-        f"size and checksum, {report.rows:,d} rows in {report.parts:,d} parts by value",
+        f"checked {counted(report.products, 'product')}: {size(report.bytes)} by checksum, and the rows of "
+        f"{counted(report.parts, 'part')} by value",
     )
 
 
