@@ -308,7 +308,7 @@ class ProductCheck:
                 known_files(self.product)  # may be deleted: the cache then knows less
             if TABLES in records:
                 self._check_extra(self.product, {*records[TABLES]["objects"]}, listed)
-            self._check_missing(self.product)
+            self._check_missing(self.product, {*records})
         return self.findings
 
     def _add(self, found: Iterable[Finding], part: int | str | None) -> None:
@@ -356,16 +356,15 @@ class ProductCheck:
             self.on_bytes(size)
         return len(self.findings) == before
 
-    def _check_missing(self, product: Product) -> None:
-        done = {*product.recorded().values()}
-        missing = [part for part in (TABLES, *range(product.parts)) if part not in done]
+    def _check_missing(self, product: Product, recorded: set[int | str]) -> None:
+        seen = recorded | {finding.part for finding in self.findings}
+        missing = [part for part in (TABLES, *range(product.parts)) if part not in seen]
         if missing and not self.needed_by:
-            done -= {TABLES}
-            self.checked.unfinished.append(f"{product.level} {product.key[:12]}: {len(done)}/{product.parts} parts")
-        expected, found = f"the record of a part that {self.needed_by} needs", {one.part for one in self.findings}
+            done = sum(isinstance(part, int) for part in recorded)
+            self.checked.unfinished.append(f"{product.level} {product.key[:12]}: {done}/{product.parts} parts")
+        expected = f"the record of a part that {self.needed_by} needs"
         for part in missing[:MOST_MISSING] if self.needed_by else ():
-            if part not in found:
-                self._add([Finding(record_of(part), expected, "no such object")], part)
+            self._add([Finding(record_of(part), expected, "no such object")], part)
 
     def _check_extra(self, product: Product, known: set[str], listed: dict[str, int]) -> None:
         """Objects that no record names, and that no part that is still to come or to be made again can have written.
