@@ -42,7 +42,6 @@ RECORDS = {  # by kind, what is expected, and what to do
     "runs": ("the record of a run", ": delete it (gc then does not know of that run)"),
 }
 Check = tuple[str, np.ndarray, str, np.ndarray]  # an array, where (n,) bool it is wrong, what is expected, its values
-Names = list[tuple[Level, str]]  # of products: level and key
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ class Checked:
         log(*map(str, findings))
 
 
-def product_names(folder: Folder) -> Names:
+def product_names(folder: Folder) -> list[tuple[Level, str]]:
     """Every product of a cache, damaged ones too: whatever has a folder LEVEL/KEY with something in it."""
     found = {level: {name.split("/")[1] for name in folder.sizes(level) if name.count("/") > 1} for level in Level}
     return [(level, key) for level, keys in found.items() for key in sorted(keys)]
