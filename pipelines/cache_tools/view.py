@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import Level, Source
@@ -361,10 +361,8 @@ def draw_view(view: CacheView, picture: Image.Image | None, novel: Collection[st
         boxes.append(Labelled((left, top, right, bottom), str(k), row_colour(row, most)))
     canvas = Image.new("RGB", (LONG_SIDE, size[1]), PAPER)  # as wide as the table, so that nothing is enlarged
     canvas.paste(picture.resize(size, Image.Resampling.LANCZOS) if picture else GONE, (0, 0, *size))
-    table = _draw_table(view, novel)
-    sheet = Image.new("RGB", (table.width, canvas.height + table.height), PAPER)
+    sheet = ImageOps.expand(_draw_table(view, novel), (0, canvas.height, 0, 0), PAPER)  # above the table
     sheet.paste(draw_boxes(canvas, boxes), (0, 0))
-    sheet.paste(table, (0, canvas.height))
     return sheet
 
 
