@@ -6,7 +6,7 @@ blocks, part after part.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,7 +31,6 @@ from hdovd.cache.schema import (
 )
 from hdovd.cache.store import Folder
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log
 
 COSINE_TOLERANCE = 0.01
 MOST_MISSING = 100  # parts of a product that are named
@@ -80,11 +79,6 @@ class Checked:
     bytes: int = 0
     unfinished: list[str] = field(default_factory=list)
     sampled: dict[tuple[Level, str], np.ndarray] = field(default_factory=dict)
-
-    def add(self, findings: Sequence[Finding]) -> None:
-        """Keep and tell them."""
-        self.findings += findings
-        log(*map(str, findings))
 
 
 def product_names(folder: Folder) -> list[tuple[Level, str]]:

@@ -51,6 +51,12 @@ BATCH_ROWS = 64
 GONE = ImageBoxes(-1, "", 1, 1, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
+def _tell(report: Checked, findings: Sequence[Finding]) -> None:
+    """Keep and print them."""
+    report.findings += findings
+    log(*map(str, findings))
+
+
 def _sample(config: CheckConfig, features: FeatureSet, split: Split, clip: Teacher, report: Checked) -> None:
     """Encode rows of the image and the instance level again; what is below LEAST_COSINE is a finding.
 
@@ -96,7 +102,7 @@ def _sample(config: CheckConfig, features: FeatureSet, split: Split, clip: Teach
                 part,
                 name_rows(product, rows[mine]),
             )
-            report.add([finding])
+            _tell(report, [finding])
 
 
 def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
@@ -194,7 +200,7 @@ def _check_folder(config: CheckConfig, report: Checked, teacher: Teacher | None)
         raise HdovdError(
             f"{config.cache} has no set of features named {config.features}; it has {', '.join(sets) or 'none'}"
         )
-    report.add(more)
+    _tell(report, more)
     looked_at = {name: features for name, features in sets.items() if config.features in (None, name)}
     needed = {product: f"set {name}" for name, features in looked_at.items() for product in features.levels.items()}
     wanted = list(dict.fromkeys([*(product_names(folder) if config.features is None else ()), *needed]))
@@ -204,10 +210,10 @@ def _check_folder(config: CheckConfig, report: Checked, teacher: Teacher | None)
         for product in wanted:
             findings = ProductCheck(folder, product, needed.get(product, ""), report, bar.update).run()
             bar.clear()
-            report.add(findings)
+            _tell(report, findings)
     for name, features in looked_at.items():
         if not any(finding.product in (None, *features.levels.items()) for finding in report.findings):
-            report.add(check_set(folder, name, features))
+            _tell(report, check_set(folder, name, features))
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
         _check_pictures(config, name, features, report, teacher)
     log(
@@ -251,7 +257,8 @@ def _check_pictures(
     damaged = {finding.product for finding in report.findings}
     sound = [Product(folder, *product) for product in features.levels.items() if product not in damaged]
     if changed := picture_hashes(split, sound).changed:
-        report.add(
+        _tell(
+            report,
             [
                 Finding(
                     str(split.folder),
@@ -259,7 +266,7 @@ def _check_pictures(
                     f"{len(changed)} of another content, which extract-clip embeds again",
                     where=f"images {shorten(changed)}",
                 )
-            ]
+            ],
         )
     if config.sample and teacher is not None:
         _sample(config, features, split, teacher, report)
@@ -276,7 +283,7 @@ def _check_shards(config: CheckConfig, report: Checked) -> None:
         try:
             check()
         except HdovdError as error:
-            report.add([Finding(place, "what was exported", str(error))])
+            _tell(report, [Finding(place, "what was exported", str(error))])
     log(
         f"checked {counted(len(shards.numbers), 'tar shard')} of {shards.images:,d} images: every file, by checksum "
         f"and by value"
