@@ -52,8 +52,8 @@ class FeatureSet:
 
     def to_tree(self) -> dict[str, Any]:
         """As JSON values; what older sets do not have is left out where it is empty, so that they stay the same."""
-        later = ("proposals", "object_text", "label_weights")
-        return {name: value for name, value in asdict(self).items() if value or name not in later}
+        old = ("levels", "skipped", "made_from")
+        return {name: value for name, value in asdict(self).items() if value or name in old}
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "FeatureSet":
@@ -192,8 +192,10 @@ class Catalog:
     def users(self) -> dict[tuple[Level, str], list[str]]:
         """Who needs which product: sets by name, and runs whose folder is still there by path."""
         users: dict[tuple[Level, str], list[str]] = {}
-        named = [(f"set {name}", features.levels) for name, features in self.sets().items()]
-        for user, levels in named + [(run.path, run.levels) for run in self.runs() if run.is_there]:
+        for user, levels in (
+            *((f"set {name}", features.levels) for name, features in self.sets().items()),
+            *((run.path, run.levels) for run in self.runs() if run.is_there),
+        ):
             for level, key in levels.items():
                 users.setdefault((level, key), []).append(user)
         return users
@@ -202,8 +204,10 @@ class Catalog:
 def group_objects() -> dict[str, bytes]:
     """The metadata of the root and of every level, by name: all that an empty cache consists of."""
     attributes = {"zarr.json": {"schema_version": SCHEMA_VERSION}, **{f"{level}/zarr.json": {} for level in Level}}
-    group = {"zarr_format": 3, "node_type": "group"}
-    return {name: json.dumps({"attributes": found, **group}, indent=2).encode() for name, found in attributes.items()}
+    return {
+        name: json.dumps({"attributes": found, "zarr_format": 3, "node_type": "group"}, indent=2).encode()
+        for name, found in attributes.items()
+    }
 
 
 def read_run(url: str, name: str, text: bytes) -> RunRecord:

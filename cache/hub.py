@@ -65,10 +65,8 @@ def hub_client(url: Path | str) -> Iterator[Any]:
     }
     try:
         yield huggingface_hub
-    except (HdovdError, KeyboardInterrupt):
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:  # no room, no right
+        if isinstance(error, HdovdError) or (isinstance(error, OSError) and error.errno):  # no room, no right
             raise
         status = getattr(getattr(error, "response", None), "status_code", 0)
         known = next((why for kind, why in reasons.items() if isinstance(error, kind)), None)

@@ -57,7 +57,8 @@ def write_files(product: Product, part: int | str, files: np.ndarray) -> None:
     """files (n,) of `FILE`."""
     data = io.BytesIO()
     np.savez_compressed(data, files=files)
-    product.folder.write(_name(product, part), data.getvalue())
+    name = part if isinstance(part, str) else f"{part:06d}"
+    product.folder.write(f"{product.prefix}/pictures/{name}.npz", data.getvalue())
 
 
 def known_files(product: Product) -> np.ndarray:
@@ -75,10 +76,6 @@ def known_files(product: Product) -> np.ndarray:
         ):
             found.append(file["files"].astype(FILE))
     return np.concatenate(found)
-
-
-def _name(product: Product, part: int | str) -> str:
-    return f"{product.prefix}/pictures/{part if isinstance(part, str) else f'{part:06d}'}.npz"
 
 
 def _digest(data: bytes, digits: int) -> bytes:

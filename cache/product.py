@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import KeyInputs, key_of
@@ -76,15 +76,13 @@ class Product:
         }
 
     def record_name(self, part: int | str) -> str:
-        return record_name(self.prefix, part)
+        """The object that says that a part is done."""
+        return f"{self.prefix}/{record_of(part)}"
 
     def recorded(self) -> dict[str, int | str]:
         """Finished parts, by number or TABLES, by the object that records them; no index."""
-        names = {
-            name: name.rsplit("/", 1)[1].removesuffix(".json") for name in self.folder.sizes(f"{self.prefix}/parts")
-        }
-        found = {name: part for name, part in names.items() if not part.startswith(INDEX)}
-        return {name: int(part) if part.isdigit() else part for name, part in found.items()}
+        found = recorded_parts(self.folder, self.prefix)
+        return {name: part for part, name in found.items() if isinstance(part, int) or part == TABLES}
 
     def finished(self) -> set[int]:
         """The parts that are done."""
@@ -131,22 +129,14 @@ class Product:
         """The parts that hold such images."""
         return sorted(part for part, record in self.records().items() if record["failed"] and isinstance(part, int))
 
-    @cached_property
-    def _group(self) -> zarr.Group:
+    def array(self, name: str) -> zarr.Array[Any]:
+        """Raises HdovdError if its metadata are not there or not readable."""
         import zarr  # here: catalogs list products by their metadata alone
 
         from hdovd.cache.zarr_store import FolderStore
 
-        return zarr.open_group(FolderStore(self.folder, self.prefix), mode="r", zarr_format=3)
-
-    def array(self, name: str) -> zarr.Array[Any]:
-        """Raises HdovdError if its metadata are not there or not readable."""
-        import zarr
-
         with naming_damage(f"{self.folder.url}/{self.prefix}/{name}/zarr.json"):
-            array = self._group[name]
-            if not isinstance(array, zarr.Array):
-                raise ValueError("no array")
+            array = zarr.open_array(FolderStore(self.folder, f"{self.prefix}/{name}"), mode="r", zarr_format=3)
             rows, *rest = array.shards or array.chunks
             if (
                 not 0 < rows <= max(self.part_rows, PART_ROWS)
@@ -173,14 +163,17 @@ class Product:
     def bytes(self) -> int:
         return sum(self.folder.sizes(self.prefix).values())
 
-    def modified(self) -> float:
-        """When it was begun, seconds since the epoch."""
-        return self.folder.modified(f"{self.prefix}/zarr.json")
+
+def record_of(part: int | str) -> str:
+    """Where a part, by number, TABLES or the name of an index, is recorded in its product."""
+    return f"parts/{part if isinstance(part, str) else f'{part:06d}'}.json"
 
 
-def record_name(prefix: str, part: int | str) -> str:
-    """The object that says that a part, by number or TABLES, of the product `prefix` is done."""
-    return f"{prefix}/parts/{part if isinstance(part, str) else f'{part:06d}'}.json"
+def recorded_parts(folder: Folder, prefix: str) -> dict[int | str, str]:
+    """The objects that record what is done of the product `prefix`, indices too, by part."""
+    names = folder.sizes(f"{prefix}/parts")
+    found = [re.fullmatch(rf".*/parts/({TABLES}|{INDEX}\w+|\d{{6}})\.json", name) for name in names]
+    return {int(one[1]) if one[1].isdecimal() else one[1]: one[0] for one in found if one is not None}
 
 
 def require_sizes(attributes: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of, require_same
 from hdovd.cache.product import Product
-from hdovd.cache.rows import Rows, open_rows
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import DEFAULT_SET, PART_ROWS, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
 from hdovd.core.errors import HdovdError
 
@@ -62,12 +62,12 @@ class FeatureCache:
     def __init__(
         self, url: str | Path, features: str = DEFAULT_SET, *, mapped: bool | None = None, checked: bool = True
     ) -> None:
-        """`features`: the set's name. `mapped`, `checked`: as in `rows.open_rows`, of instance rows; all else is always
+        """`features`: the set's name. `mapped`, `checked`: as in `rows.Rows`, of instance rows; all else is always
         checked.
 
         Raises HdovdError if the set is not there, not whole, or its metadata are not what was written.
         """
-        self._opened_from = url, features, mapped, checked
+        self._again = partial(FeatureCache, url, features, mapped=mapped, checked=checked)
         self.url, self._mapped, self._checked = str(url), mapped, checked
         catalog = Catalog(url)
         sets = catalog.sets()
@@ -88,12 +88,10 @@ class FeatureCache:
                 )
             product.require_sound(TABLES, ["zarr.json"])
         self._table = cache(self._read_table)
-        self._row_array = cache(self._open_rows)
         self._rows_by_image = cache(self._number_rows)
 
     def __reduce__(self) -> Any:
-        url, features, mapped, checked = self._opened_from
-        return partial(FeatureCache, url, features, mapped=mapped, checked=checked), ()
+        return self._again, ()
 
     def levels(self) -> list[Level]:
         """Levels that the set has."""
@@ -205,25 +203,19 @@ class FeatureCache:
 
     def instance_embeddings(self, image_id: int) -> np.ndarray:
         """(n, D) float16, the instance rows of one image."""
-        row_of, offset, rows = self._instance_rows
-        row = row_of[image_id] if image_id in row_of else self._row(Level.INSTANCE, image_id)  # says what is wrong
-        return rows.read(offset.item(row), offset.item(row + 1))
+        row, offset = self._row(Level.INSTANCE, image_id), self._table(Level.INSTANCE, "offset")
+        return self._instances.read(int(offset[row]), int(offset[row + 1]))
 
     @cached_property
-    def _instance_rows(self) -> tuple[dict[int, int], np.ndarray, Rows]:
-        """What `instance_embeddings` needs, looked up once: a read takes 10 microseconds."""
-        return (
-            self._rows_by_image(Level.INSTANCE),
-            self._table(Level.INSTANCE, "offset"),
-            self._row_array(Level.INSTANCE, "embedding"),
-        )
+    def _instances(self) -> Rows:
+        return Rows(self.product(Level.INSTANCE), "embedding", mapped=self._mapped, checked=self._checked)
 
     @property
     def reads_best_in_blocks(self) -> bool:
         """Whether instance rows that are read in random order are decoded again and again (see
         `dataloading.loader`).
         """
-        return Level.INSTANCE in self._products and self._row_array(Level.INSTANCE, "embedding").reads_best_in_blocks
+        return Level.INSTANCE in self._products and self._instances.reads_best_in_blocks
 
     def instances(self, image_id: int) -> InstanceRows:
         """The instance rows of one image with what is known of their boxes."""
@@ -234,12 +226,11 @@ class FeatureCache:
         """Instance rows by their number in the product, with what is known of their boxes. `copy`: as in `Rows.read`,
         of embeddings.
         """
-        embedding = self._row_array(Level.INSTANCE, "embedding").read(start, stop, copy=copy)
-        return self._with_boxes(embedding, slice(start, stop))
+        return self._with_boxes(self._instances.read(start, stop, copy=copy), slice(start, stop))
 
     def rows_at(self, numbers: np.ndarray) -> InstanceRows:
         """Instance rows of these numbers (n,) in the product, as `rows_between`."""
-        read = self._row_array(Level.INSTANCE, "embedding").read
+        read = self._instances.read
         embedding = np.concatenate([read(0, 0), *(read(row, row + 1, copy=False) for row in numbers.tolist())])
         return self._with_boxes(embedding, numbers)
 
@@ -261,10 +252,10 @@ class FeatureCache:
         """All instance rows in order, `size` at a time, each after the number of its first, to be read only. What is
         mapped counts as memory of this process for a part's rows at most.
         """
-        rows, count = self._row_array(Level.INSTANCE, "embedding"), len(self._table(Level.BOXES, "box"))
+        count = len(self._table(Level.BOXES, "box"))
         for start in range(0, count, size):
             if start % PART_ROWS < size:
-                rows.release()
+                self._instances.release()
             yield start, self.rows_between(start, min(start + size, count), copy=False)
 
     def place_of(self, row: int) -> tuple[int, int]:
@@ -297,7 +288,7 @@ class FeatureCache:
         for name, its_level in {"offset": Level.BOXES, **self._box_tables}.items():
             self._table(its_level, name)
         self._rows_by_image(Level.BOXES)
-        self._row_array(Level.INSTANCE, "embedding")
+        _ = self._instances
 
     def _row(self, level: Level, image_id: int) -> int:
         row = self._rows_by_image(level).get(image_id)
@@ -316,9 +307,6 @@ class FeatureCache:
 
     def _read_table(self, level: Level, name: str) -> np.ndarray:
         return self.product(level).table(name)
-
-    def _open_rows(self, level: Level, name: str) -> Rows:
-        return open_rows(self.product(level), name, mapped=self._mapped, checked=self._checked)
 
 
 def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:

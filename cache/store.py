@@ -11,7 +11,6 @@ workers may do the same part.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -22,6 +21,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote
@@ -126,13 +126,31 @@ POLL_S = 0.1
 _held: set[IO[Any]] = set()
 
 
-def lock(file: Path, patience_s: float) -> IO[Any] | None:
-    """The file, made, open and locked; None if another process has it and keeps it for `patience_s`. Raises OSError
-    without locks.
+@contextmanager
+def locked(file: Path, patience_s: float) -> Iterator[bool]:
+    """Whether the file, made, is locked while this lasts: False if another process has it and keeps it for
+    `patience_s`; True where there are no locks. It is deleted then.
 
-    `unlock` deletes it. A child of this process (a DataLoader's) does not hold it: it may live on when this process is
-    killed.
+    A child of this process (a DataLoader's) does not hold it: it may live on when this process is killed.
     """
+    try:
+        _make(file.parent)
+        handle = _lock(file, patience_s)
+    except OSError:  # no locks here, or no room: then `write` says what is wrong
+        yield True
+        return
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                file.unlink()  # while nobody else can have locked it
+            _held.discard(handle)
+            handle.close()
+
+
+def _lock(file: Path, patience_s: float) -> IO[Any] | None:
+    """The file, open and locked, or None. Raises OSError without locks."""
     deadline = time.monotonic() + patience_s
     while True:
         handle = file.open("w")
@@ -148,15 +166,6 @@ def lock(file: Path, patience_s: float) -> IO[Any] | None:
         finally:
             if handle not in _held:
                 handle.close()
-
-
-def unlock(file: Path, handle: IO[Any]) -> None:
-    """Delete a locked file, while nobody else can have locked it, and let it go."""
-    try:
-        file.unlink(missing_ok=True)
-    finally:
-        _held.discard(handle)
-        handle.close()
 
 
 def partial_name(random: str) -> str:
@@ -285,18 +294,8 @@ class LocalFolder(Folder):
 
     @contextmanager
     def claim(self, name: str, *, wait: bool) -> Iterator[bool]:
-        file, locks = self.root / CLAIMS / name.replace("/", "-"), True
-        try:
-            _make(file.parent)
-            handle = lock(file, CLAIM_WAIT_S if wait else 0)
-        except OSError:  # no locks here, or no room: then `write` says what is wrong
-            handle, locks = None, False
-        try:
-            yield handle is not None or wait or not locks
-        finally:
-            if handle is not None:
-                with contextlib.suppress(OSError):
-                    unlock(file, handle)
+        with locked(self.root / CLAIMS / name.replace("/", "-"), CLAIM_WAIT_S if wait else 0) as mine:
+            yield mine or wait
 
     def stale(self) -> dict[str, int]:
         found = {}
@@ -308,13 +307,9 @@ class LocalFolder(Folder):
 
     def claimed(self) -> set[str]:
         held = set()
-        for path in sorted((self.root / CLAIMS).glob("*")):
-            with contextlib.suppress(OSError):  # no locks here, or not ours to open
-                handle = lock(path, 0)
-                if handle is None:
-                    held.add(path.name)
-                else:
-                    unlock(path, handle)
+        for path in (self.root / CLAIMS).glob("*"):
+            with locked(path, 0) as mine:
+                held |= set() if mine else {path.name}
         return held
 
 
@@ -322,38 +317,31 @@ def _link(partial: Path, target: Path) -> None:
     """Give a file its name unless that is taken. Raises FileExistsError."""
     try:
         os.link(partial, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        if target.exists():  # a file system without hard links
-            raise FileExistsError from error
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
         os.replace(partial, target)
 
 
 def _make(folder: Path) -> None:
     """Make a folder and its parents, each durable."""
-    if folder.is_dir():
-        return
-    _make(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir()
-    _sync(folder.parent)
+    if not folder.is_dir():
+        _make(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        _sync(folder.parent)
 
 
 def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
         os.fsync(handle)
-    except OSError:  # some network file systems cannot sync a folder
-        pass
-    finally:
-        os.close(handle)
+    os.close(handle)
 
 
 # A store that refuses connections is tried for some 15 s, one that gives no answer for 6 * 30 s. The user's
 # configuration wins.
 S3_CLIENT = {"connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 6}}
-S3FS_TRIES = 1  # of all of that: s3fs would multiply the time and not the chances
 READ_TRIES = 6
 WRITE_TRIES = 2
 # For the whole of a write: no time-out of the client's own runs while it asks a store whether to send the data, or
@@ -361,9 +349,17 @@ WRITE_TRIES = 2
 WRITE_S, WRITE_BYTES_PER_S = 60.0, 250_000
 
 
-# File systems are never let go: a child that drops what it inherited waits a second for its parent's event loop, which
-# it has not.
-_kept: list[Any] = []
+@cache  # never let go: a child that drops what it inherited waits a second for an event loop that it does not have
+def _opened(folder: "RemoteFolder", _process: int) -> tuple[Any, str]:
+    """The file system of a folder, and its root's path there. Of this process: connections and event loops do not live
+    through a fork.
+    """
+    try:
+        return _file_system(folder.url)
+    except (ImportError, ValueError) as error:
+        raise HdovdError(
+            f"{folder.url}: {error}. For s3:// pip install 'hdovd[s3]', for gs:// pip install 'hdovd[gs]'"
+        ) from error
 
 
 class RemoteFolder(Folder):
@@ -371,32 +367,13 @@ class RemoteFolder(Folder):
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._opened: tuple[int, Any, str] | None = None
-
-    def __reduce__(self) -> Any:
-        return RemoteFolder, (self.url,)
 
     @property
     def _fs(self) -> Any:
-        return self._open()[0]
+        return _opened(self, os.getpid())[0]
 
     def _at(self, name: str) -> str:
-        return f"{self._open()[1]}/{name}".rstrip("/")
-
-    def _open(self) -> tuple[Any, str]:
-        """The file system and the root's path in it. Of this process: connections and event loops do not live through a
-        fork.
-        """
-        if self._opened is None or self._opened[0] != os.getpid():
-            try:
-                fs, root = _file_system(self.url)
-            except (ImportError, ValueError) as error:
-                raise HdovdError(
-                    f"{self.url}: {error}. For s3:// pip install 'hdovd[s3]', for gs:// pip install 'hdovd[gs]'"
-                ) from error
-            _kept.append(fs)
-            self._opened = os.getpid(), fs, root.rstrip("/")
-        return self._opened[1:]
+        return f"{_opened(self, os.getpid())[1]}/{name}".rstrip("/")
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         with self._told(name):
@@ -480,19 +457,17 @@ def _file_system(url: str) -> tuple[Any, str]:
     import fsspec.config
     from fsspec.core import url_to_fs
 
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if url.startswith(("s3://", "s3a://")):
-        theirs = fsspec.config.apply_config(fsspec.get_filesystem_class("s3"), {})
-        options["max_concurrency"] = theirs.get(
-            "max_concurrency", 1
-        )  # one request a read: with more it asks for the size first
-        options["config_kwargs"] = own = {**S3_CLIENT, **theirs.get("config_kwargs", {})}
-        if own["retries"] is S3_CLIENT["retries"] and {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
-            del own["retries"]  # which would go before the environment's
-    fs, root = url_to_fs(url, **options)
-    if url.startswith(("s3://", "s3a://")):
-        fs.retries = S3FS_TRIES
-    return fs, root
+    if not url.startswith(("s3://", "s3a://")):
+        fs, root = url_to_fs(url, use_listings_cache=False)
+        return fs, root.rstrip("/")
+    theirs = fsspec.config.apply_config(fsspec.get_filesystem_class("s3"), {})
+    own = {**S3_CLIENT, **theirs.get("config_kwargs", {})}
+    if own["retries"] is S3_CLIENT["retries"] and {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
+        del own["retries"]  # which would go before the environment's
+    requests = theirs.get("max_concurrency", 1)  # one a read: with more it asks for the size first
+    fs, root = url_to_fs(url, use_listings_cache=False, max_concurrency=requests, config_kwargs=own)
+    fs.retries = 1  # of all of the client's: s3fs would multiply the time and not the chances
+    return fs, root.rstrip("/")
 
 
 def _tried(tries: int, call: Callable[..., Any], *words: Any, **options: Any) -> Any:

@@ -36,7 +36,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -110,10 +109,10 @@ class TarMeta:
             require_seal(tree)
             if tree.get("tensors", found := _hash(tensors)) != found:  # older versions have no checksums
                 raise ValueError("its tensors have another checksum")
-            version = tree["schema_version"]
-            if version != SCHEMA_VERSION:
+            if tree["schema_version"] != SCHEMA_VERSION:
                 raise HdovdError(
-                    f"{where} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: export the cache again"
+                    f"{where} has cache schema {tree['schema_version']}, this hdovd reads {SCHEMA_VERSION}: export the "
+                    f"cache again"
                 )
             products = {Level(level): product for level, product in tree["products"].items()}
             meta = cls(
@@ -253,28 +252,16 @@ class TarSample:
     picture: bytes | None
     arrays: dict[str, np.ndarray]
 
-    def files(self) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-        """Its files: of no time and no owner, so that they are the same bytes whenever they are made."""
-        extension = None if self.picture is None else _extension(self.about["file_name"])
-        if extension is not None and self.picture is not None:
-            yield self._file(extension, self.picture)
-        yield self._file("json", json.dumps({**self.about, "picture": extension}).encode())
+    def files(self) -> dict[str, bytes]:
+        """Its files by extension, in their order."""
+        files = {} if self.picture is None else {_extension(self.about["file_name"]): self.picture}
+        files["json"] = json.dumps({**self.about, "picture": next(iter(files), None)}).encode()
         for name in MEMBERS:
             if name in self.arrays:
-                file = io.BytesIO()
-                np.lib.format.write_array(
-                    file, np.ascontiguousarray(self.arrays[name], DTYPES[name]), (1, 0), allow_pickle=False
-                )
-                yield self._file(f"{name}.npy", file.getvalue())
-
-    def _file(self, extension: str, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
-        member = tarfile.TarInfo(f"{key_of_image(self.image_id)}.{extension}")
-        member.size = len(data)
-        return member, data
-
-
-def key_of_image(image_id: int) -> str:
-    return f"{image_id:012d}"
+                file, array = io.BytesIO(), np.ascontiguousarray(self.arrays[name], DTYPES[name])
+                np.lib.format.write_array(file, array, (1, 0), allow_pickle=False)
+                files[f"{name}.npy"] = file.getvalue()
+        return files
 
 
 def _extension(file_name: str) -> str:
@@ -360,15 +347,14 @@ class TarShards:
             sums = record.get("crc32")
             if not isinstance(sums, list) or len(sums) != len(places):
                 sums, verify = None, True
-            measured = _Measured(stream) if verify else stream
-            for sample in group_by_keys(tar_file_expander([{"url": url, "stream": measured}])):
-                expected = key_of_image(int(ids[place])) if place < places.stop else "no more"
+            for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
+                expected = f"{int(ids[place]):012d}" if place < places.stop else "no more"
                 if sample["__key__"] != expected:
                     raise HdovdError(
                         f"{url} holds sample {sample['__key__']} where {expected} is expected: is it another export's?"
                     )
-                files = (data for name, data in sample.items() if not name.startswith("__"))
-                if sums is not None and _crc32(files) != sums[place - places.start]:
+                content = b"".join(data for name, data in sample.items() if not name.startswith("__"))
+                if sums is not None and zlib.crc32(content) != sums[place - places.start]:
                     raise HdovdError(
                         f"{url}: sample {expected} is damaged, by its checksum; export or copy the shard again"
                     )
@@ -378,7 +364,10 @@ class TarShards:
                 raise HdovdError(
                     f"{url} is cut short: {place - places.start} of {len(places)} samples; export or copy it again"
                 )
-            if isinstance(measured, _Measured) and measured.at_end() != (record.get("bytes"), record.get("sha256")):
+            if verify and (
+                self._folder.sha256(_name(number, "tar")) != record.get("sha256")
+                or unfinished_shards(self._folder, [number])
+            ):
                 raise HdovdError(
                     f"{url} is damaged: size or sha256 are not those of its record; export or copy it again"
                 )
@@ -410,25 +399,6 @@ class TarShards:
 
     def _url(self, number: int) -> str:
         return f"{self.url}/{_name(number, 'tar')}"
-
-
-class _Measured:
-    """A stream that is measured while it is read."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._digest, self._bytes = stream, hashlib.sha256(), 0
-
-    def read(self, count: int) -> bytes:
-        data = self._stream.read(count)
-        self._digest.update(data)
-        self._bytes += len(data)
-        return data
-
-    def at_end(self) -> tuple[int, str]:
-        """Bytes and sha256 of the whole stream."""
-        while self.read(STREAM_BLOCK):
-            pass
-        return self._bytes, self._digest.hexdigest()
 
 
 class TarWriter:
@@ -465,20 +435,17 @@ class TarWriter:
         buffer, sums = io.BytesIO(), []
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
-                files = list(sample.files())
-                for member, data in files:
+                files = sample.files()
+                for extension, data in files.items():  # of no time and no owner: the same bytes whenever they are made
+                    member = tarfile.TarInfo(f"{sample.image_id:012d}.{extension}")
+                    member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-                sums.append(_crc32(data for _, data in files))
+                sums.append(zlib.crc32(b"".join(files.values())))
         data = buffer.getvalue()
         self.folder.write(_name(number, "tar"), data)
         record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "crc32": sums}
         self.folder.write(_name(number, "json"), json.dumps(record).encode())
         return len(data)
-
-
-def _crc32(files: Iterable[bytes]) -> int:
-    """Of files one after another."""
-    return reduce(lambda crc, data: zlib.crc32(data, crc), files, 0)
 
 
 def unfinished_shards(folder: Folder, numbers: Sequence[int]) -> list[int]:

@@ -16,9 +16,9 @@ import numpy as np
 from hdovd.cache.catalog import NAMED, FeatureSet, group_objects, read_run, read_set
 from hdovd.cache.identity import SEAL, differences, hash_tables, key_of, table_inputs
 from hdovd.cache.picture_files import LATER, known_files
-from hdovd.cache.product import Product, parse_record, record_name
+from hdovd.cache.product import Product, parse_record, record_of, recorded_parts
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.rows import open_rows
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import (
     CHUNK_ROWS,
     INDEX,
@@ -27,14 +27,12 @@ from hdovd.cache.schema import (
     TABLE_ARRAYS,
     TABLES,
     Level,
-    Source,
     row_arrays,
 )
 from hdovd.cache.store import Folder
 from hdovd.core.errors import HdovdError, shorten
 
 COSINE_TOLERANCE = 0.01
-RANGES_SHOWN = 4
 MOST_MISSING = 100  # parts of a product that are named
 RECORDS = {  # by kind, what is expected, and what to do
     "groups": (f"the metadata of a cache of schema {SCHEMA_VERSION}", ""),
@@ -42,9 +40,7 @@ RECORDS = {  # by kind, what is expected, and what to do
     NAMED: ("the name of a set", ""),
     "runs": ("the record of a run", ": delete it (gc then does not know of that run)"),
 }
-# An array, where (n,) bool it is wrong, what is expected, its values; and what `expected` may name the row of.
-Check = tuple[Any, ...]
-Names = list[tuple[Level, str]]  # of products: level and key
+Check = tuple[str, np.ndarray, str, np.ndarray]  # an array, where (n,) bool it is wrong, what is expected, its values
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +69,22 @@ class Finding:
 
 @dataclass(slots=True)
 class Checked:
-    """How much was looked at. `unfinished`: products of which parts are still missing, which is no fault: "level key:
-    parts".
+    """What is wrong, and how much was looked at. `unfinished`: products of which parts are still missing, which is no
+    fault: "level key: parts". `sampled`: cosines of rows that were encoded again with those of the cache, by product.
     """
 
+    findings: list[Finding] = field(default_factory=list)
     products: int = 0
     parts: int = 0
-    objects: int = 0
     bytes: int = 0
-    rows: int = 0
     unfinished: list[str] = field(default_factory=list)
+    sampled: dict[tuple[Level, str], np.ndarray] = field(default_factory=dict)
 
 
-def product_names(folder: Folder) -> Names:
+def product_names(folder: Folder) -> list[tuple[Level, str]]:
     """Every product of a cache, damaged ones too: whatever has a folder LEVEL/KEY with something in it."""
-    levels = {str(level) for level in Level}
-    found = {
-        tuple(name.split("/")[:2]) for name in folder.sizes("") if name.split("/")[0] in levels and name.count("/") > 1
-    }
-    return [(Level(level), key) for level, key in sorted(found, key=lambda p: (list(Level).index(Level(p[0])), p[1]))]
+    found = {level: {name.split("/")[1] for name in folder.sizes(level) if name.count("/") > 1} for level in Level}
+    return [(level, key) for level, keys in found.items() for key in sorted(keys)]
 
 
 def unsealed_records(folder: Folder) -> list[str]:
@@ -114,7 +107,8 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
         kind = "groups" if name in groups else kind
         try:
             if kind == "groups":
-                _require_group(folder.read(name), groups[name])
+                if not json.loads(groups[name]).items() <= json.loads(folder.read(name)).items():
+                    raise ValueError("it is another one")
             elif kind == "sets":
                 sets[rest.removesuffix(".json")] = read_set(folder, name)
             elif kind == "runs":
@@ -123,7 +117,7 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
                 findings.append(Finding(name, rest, "something else: delete it"))
             elif not kind and not (top in set(Level) and "/" in rest):
                 findings.append(Finding(name, "nothing there", "an object that is not the cache's: move it elsewhere"))
-        except (HdovdError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        except (HdovdError, FileNotFoundError, ValueError, AttributeError) as error:
             if kind == "groups" and isinstance(error, HdovdError):  # not to be read now: it may be sound
                 raise
             expected, advice = RECORDS[kind]
@@ -139,25 +133,16 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
     return sets, findings
 
 
-def _require_group(data: bytes, wanted: bytes) -> None:
-    """Raises ValueError, KeyError or TypeError if the metadata of a group are others."""
-    tree = json.loads(data)
-    if any(tree[key] != value for key, value in json.loads(wanted).items()):
-        raise ValueError("it is another one")
-
-
 def check_set(folder: Folder, name: str, features: FeatureSet) -> list[Finding]:
     """Whether a set's products are there and belong together; call it when they are whole and sound."""
     place = f"sets/{name}.json"
     try:
-        FeatureCache(folder.url, name).require_together()
+        cache = FeatureCache(folder.url, name)
+        cache.require_together()
         if Level.PSEUDO_LABEL in features.levels:
-            boxes, labels = (
-                Product(folder, level, features.levels[level]) for level in (Level.BOXES, Level.PSEUDO_LABEL)
-            )
-            wanted, found = hash_tables([boxes.table("source")]), labels.key_inputs.get("sources")
-            if found not in (None, wanted):  # None: imported
-                return [Finding(place, f"pseudo labels of boxes whose sources have the hash {wanted}", str(found))]
+            wanted = hash_tables([cache.product(Level.BOXES).table("source")])
+            if cache.key_inputs(Level.PSEUDO_LABEL).get("sources", wanted) != wanted:  # imports do not say it
+                return [Finding(place, f"pseudo labels of boxes whose sources have the hash {wanted}", "others")]
     except (HdovdError, KeyError) as error:
         return [Finding(place, "levels that belong together", " ".join(str(error).split()))]
     return []
@@ -170,7 +155,7 @@ def check_attributes(product: Product) -> list[Finding]:
         return [Finding("zarr.json", f"key inputs that give the key {product.key}", key_of(inputs))]
     wanted: dict[str, Any] = {"level": str(product.level), "key": product.key}
     if isinstance(inputs.get("names"), list):
-        wanted |= {"names": inputs["names"], "rows": len(inputs["names"])}
+        wanted["names"] = inputs["names"]
     return [
         Finding("zarr.json", f"{name} {str(value)[:60]}", f"{str(attributes.get(name))[:60]}")
         for name, value in wanted.items()
@@ -179,24 +164,18 @@ def check_attributes(product: Product) -> list[Finding]:
 
 
 def check_tables(product: Product) -> list[Finding]:
-    """The tables of a product against each other, and against its key inputs. Raises what Zarr raises for what it
-    cannot read.
+    """The arrays of a product, by dtype and shape, and its tables against its key inputs. Raises what Zarr raises for
+    what it cannot read.
     """
     tables = {name: product.table(name) for name in TABLE_ARRAYS[product.level]}
-    wrong = [*_check_shapes(product, tables)]
-    if wrong or not tables:
+    if wrong := [*_check_shapes(product, tables)]:
         return wrong
-    wrong += _check_images(tables, product.rows)
-    if not wrong and "box" in tables:
-        wrong += _findings(product, 0, _box_checks(tables))
-    if not wrong:
-        found = table_inputs(product.level, tables)
-        wanted = {name: product.key_inputs[name] for name in found}
-        wrong += [
-            Finding(f"parts/{TABLES}.json", "tables that give the key inputs", line)
-            for line in differences(wanted, found, sides=("the key inputs say", "the tables give"))
-        ]
-    return wrong
+    found = table_inputs(product.level, tables)
+    wanted = {name: product.key_inputs[name] for name in found}
+    return [
+        Finding(record_of(TABLES), "tables that give the key inputs", line)
+        for line in differences(wanted, found, sides=("the key inputs say", "the tables give"))
+    ]
 
 
 def _check_shapes(product: Product, tables: Mapping[str, np.ndarray]) -> Iterator[Finding]:
@@ -221,132 +200,71 @@ def _check_shapes(product: Product, tables: Mapping[str, np.ndarray]) -> Iterato
             yield Finding(f"{name}/zarr.json", "{} {}".format(*expected), f"{array.dtype} {array.shape}")
 
 
-def _check_images(tables: Mapping[str, np.ndarray], rows: int) -> Iterator[Finding]:
-    offset = tables.get("offset", np.array([0, rows]))
-    if offset[0] != 0 or offset[-1] != rows:
-        yield Finding("offset", f"0 to {rows}, the number of rows", f"{offset[0]} to {offset[-1]}")
-    for number in np.flatnonzero(np.diff(offset) < 0)[:1]:
-        found = f"{offset[number]}, then {offset[number + 1]}"
-        yield Finding("offset", "numbers that do not fall", found, where=f"image number {number}")
-    ids, counts = np.unique(tables["image_id"], return_counts=True)
-    if len(twice := ids[counts > 1].tolist()):
-        yield Finding(
-            "image_id", "every image once", f"{len(twice)} ids more than once", where=f"image {shorten(twice)}"
-        )
-    if "image_size" in tables and len(small := tables["image_id"][(tables["image_size"] <= 0).any(axis=1)]):
-        where = f"image {shorten(small.tolist())}"
-        yield Finding("image_size", "widths and heights above 0", "others", where=where)
-
-
-def _box_checks(tables: Mapping[str, np.ndarray]) -> list[Check]:
-    box = tables["box"]
-    checks: list[Check] = [
-        ("box", ~np.isfinite(box).all(axis=1), "finite numbers", box),
-        ("box", (box[:, 2:] <= box[:, :2]).any(axis=1), "boxes with an area, xyxy", box),
-    ]
-    if "image_size" in tables:
-        size = np.repeat(tables["image_size"], np.diff(tables["offset"]), axis=0)
-        outside = (box[:, :2] < 0).any(axis=1) | (box[:, 2:] > size).any(axis=1)
-        checks.append(("box", outside, "boxes inside the image of {0[0]}x{0[1]}", box, size))
-    if "source" in tables:
-        source, score, annotation_id = tables["source"], tables["score"], tables["annotation_id"]
-        mixed = (annotation_id == -1) != (source == Source.PROPOSAL)
-        checks += [
-            ("source", ~np.isin(source, list(Source)), "0 (base box) or 1 (proposal)", source),
-            ("annotation_id", mixed, "-1 for proposals and for nothing else", annotation_id),
-            ("score", ~np.isfinite(score), "finite numbers", score),
-        ]
-    return checks
-
-
 def check_rows(product: Product, part: int, failed: set[int]) -> Iterator[Finding]:
     """The rows of one part; `failed`: the images that it says could not be read."""
-    has_images = failed and "image_id" in TABLE_ARRAYS[product.level]
-    if strangers := failed - set(product.table("image_id").tolist() if has_images else ()):
-        yield Finding(
-            f"parts/{part:06d}.json", "failed images that the product has", f"image {shorten([*sorted(strangers)])}"
-        )
-    labels = product.level is Level.PSEUDO_LABEL
-    checks = _label_checks(product, part) if labels else _embedding_checks(product, part, failed)
-    yield from _findings(product, product.rows_of(part)[0], checks)
+    known = product.table("image_id") if failed and "image_id" in TABLE_ARRAYS[product.level] else ()
+    if strangers := failed.difference(known):
+        yield Finding(record_of(part), "failed images that the product has", f"image {shorten([*sorted(strangers)])}")
+    checks = (
+        _label_checks(product, part) if product.level is Level.PSEUDO_LABEL else _norm_checks(product, part, failed)
+    )
+    for array, wrong, expected, values in checks:
+        rows = np.flatnonzero(wrong)
+        if len(rows):
+            where = name_rows(product, rows + product.rows_of(part)[0])
+            yield Finding(product.row_objects(part)[array], expected, str(np.round(values[rows[0]], 4)), where=where)
 
 
-def _embedding_checks(product: Product, part: int, failed: set[int]) -> list[Check]:
+def _norm_checks(product: Product, part: int, failed: set[int]) -> list[Check]:
     start, stop = product.rows_of(part)
-    rows, norms = open_rows(product, "embedding", parts={part}), np.empty(stop - start, np.float32)
-    for first in range(start, stop, CHUNK_ROWS):
-        last = min(first + CHUNK_ROWS, stop)
-        norms[first - start : last - start] = np.linalg.norm(rows.read(first, last).astype(np.float32), axis=1)
-    place, finite = product.row_objects(part)["embedding"], np.isfinite(norms)
+    rows = Rows(product, "embedding", parts={part})
+    blocks = (rows.read(first, min(first + CHUNK_ROWS, stop)) for first in range(start, stop, CHUNK_ROWS))
+    norms = np.concatenate([np.linalg.norm(block.astype(np.float32), axis=1) for block in blocks])
     zero: np.ndarray = norms == 0
-    not_unit = finite & ~zero & (abs(norms - 1) > STORED_NORM_TOLERANCE)
+    unit = zero | (abs(norms - 1) <= STORED_NORM_TOLERANCE)
     if failed and zero.any():
         zero = np.logical_and(zero, np.isin(_images_of(product, np.arange(start, stop)), list(failed), invert=True))
     return [
-        (place, ~finite, "finite numbers", np.full(len(norms), "NaN or infinity")),
-        (place, not_unit, "rows of norm 1", norms),
-        (place, zero, "zeros only for images that could not be read", np.full(len(norms), "zeros")),
+        ("embedding", ~unit, "finite rows of norm 1", norms),
+        ("embedding", zero, "zeros only for images that could not be read", norms),
     ]
 
 
 def _label_checks(product: Product, part: int) -> list[Check]:
-    start, stop = product.rows_of(part)
-    places = product.row_objects(part)
-    values = {name: open_rows(product, name, parts={part}).read(start, stop) for name in places}
-    noun, cosine = values["noun"], values["noun_cosine"]
-    key = str(product.key_inputs["noun"])
-    is_there = product.folder.exists(f"{Level.NOUN}/{key}/zarr.json")
-    most = Product(product.folder, Level.NOUN, key).rows if is_there else np.inf
-    last = str(most - 1) if is_there else "the last noun"
+    read = {name: Rows(product, name, parts={part}).read(*product.rows_of(part)) for name in product.row_objects(part)}
+    noun, cosine = read["noun"], read["noun_cosine"]
+    most = Product(product.folder, Level.NOUN, str(product.key_inputs["noun"])).rows
     no_cosine = ~(abs(cosine) <= 1 + COSINE_TOLERANCE) | ((noun == -1) & (cosine != 0))
     checks: list[Check] = [
-        (places["noun"], (noun < -1) | (noun >= most), f"-1 to {last}", noun),
-        (places["noun_cosine"], no_cosine, "cosines, and 0 where there is no noun", cosine),
+        ("noun", (noun < -1) | (noun >= most), f"-1 to {most - 1}", noun),
+        ("noun_cosine", no_cosine, "cosines, and 0 where there is no noun", cosine),
     ]
-    if product.dim:  # of several nouns: the winner first, weights that add up to 1, nothing where there is no noun
-        top, weight, total = values["top_noun"], values["top_weight"], np.where(noun == -1, 0, 1)
+    if product.dim:  # of several nouns
+        top, weight = read["top_noun"], read["top_weight"]
         bad = ((top < -1) | (top >= most)).any(axis=1) | (top[:, 0] != noun)
-        adds_up = abs(weight.sum(axis=1) - total) <= COSINE_TOLERANCE
+        adds_up = abs(weight.sum(axis=1) - np.where(noun == -1, 0, 1)) <= COSINE_TOLERANCE
         sound = adds_up & ((weight >= 0) & ((top >= 0) | (weight == 0))).all(axis=1)
         checks += [
-            (places["top_noun"], bad, "nouns, {} first", top, noun),
-            (places["top_weight"], ~sound, "weights that add up to {}", weight, total),
+            ("top_noun", bad, "nouns, the label's own first", top),
+            ("top_weight", ~sound, "weights that add up to 1, and 0 where there is no noun", weight),
         ]
     return checks
 
 
-def _findings(product: Product, start: int, checks: Iterable[Check]) -> Iterator[Finding]:
-    """One for all rows, from `start` on, where a check is True, with the value of the first."""
-    for array, wrong, expected, values, *about in checks:
-        rows = np.flatnonzero(wrong)
-        if len(rows):
-            value = values[rows[0]]
-            found = f"{value:.4g}" if values.dtype.kind == "f" and values.ndim == 1 else str(value.tolist())
-            expected = expected.format(*(column[rows[0]] for column in about))
-            yield Finding(array, expected, found, where=name_rows(product, rows + start))
-
-
 def name_rows(product: Product, rows: np.ndarray) -> str:
     """Rows of a product, and the names or images that they are of, in words."""
+    said = f"row{'s' if len(rows) > 1 else ''} {shorten(rows.tolist())}"
     if product.names:
-        return f"{_ranges(rows)} ({shorten([product.names[row] for row in rows])})"
+        return f"{said} ({shorten([product.names[row] for row in rows])})"
     if product.level is Level.PSEUDO_LABEL:
-        return _ranges(rows)
-    return f"{_ranges(rows)} (image {shorten([*dict.fromkeys(_images_of(product, rows).tolist())])})"
+        return said
+    return f"{said} (image {shorten([*dict.fromkeys(_images_of(product, rows).tolist())])})"
 
 
 def _images_of(product: Product, rows: np.ndarray) -> np.ndarray:
     """(n,) ids of the images that rows (n,) are of."""
     place = rows if product.level is Level.IMAGE else np.searchsorted(product.table("offset"), rows, "right") - 1
     return product.table("image_id")[place]
-
-
-def _ranges(rows: np.ndarray) -> str:
-    """Sorted row numbers in words: "row 3", "rows 3 to 7, 9 and 12 more"."""
-    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-    shown = ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs[:RANGES_SHOWN])
-    rest = sum(map(len, runs[RANGES_SHOWN:]))
-    return f"row{'s' if len(rows) > 1 else ''} {shown}" + (f" and {rest} more" if rest else "")
 
 
 class ProductCheck:
@@ -360,42 +278,38 @@ class ProductCheck:
         self.checked, self.on_bytes = checked, on_bytes
         self.prefix = f"{name[0]}/{name[1]}"
         self.findings: list[Finding] = []
-        self.product: Product | None = None
+        self.product: Product | None = None  # as long as nothing is wrong with its metadata and tables
 
     def run(self) -> list[Finding]:
         self.checked.products += 1
         with self._adding("zarr.json", "the product's metadata", TABLES):
-            product = Product(self.folder, *self.name)
-            self._add(check_attributes(product), TABLES)
-            self.product = None if self.findings else product
+            self.product = Product(self.folder, *self.name)
+            self._add(check_attributes(self.product), TABLES)
         records = self._read_records()
         listed = self.folder.sizes(self.prefix)  # after the records: what these name was there before
         for part, record in records.items():
-            sound = self._check_objects(part, record, listed)
-            if self.product is None or self._is_found(TABLES):
+            if not self._check_objects(part, record, listed) or self.product is None:
                 continue
-            with self._adding(_record(part), "values that can be read", part):  # whatever Zarr and numpy raise
+            with self._adding(record_of(part), "values that can be read", part):  # whatever Zarr and numpy raise
                 if part == TABLES:
                     self._add(check_tables(self.product), part)
-                elif sound and isinstance(part, int):
+                elif isinstance(part, int):
                     self._add(check_rows(self.product, part, {int(image) for image in record["failed"]}), part)
-                    self.checked.rows += len(range(*self.product.rows_of(part)))
+                    self.checked.parts += 1
         if self.product is not None:
             with self._adding("pictures", "what the files of the pictures were", None):
                 known_files(self.product)  # may be deleted: the cache then knows less
-            self._check_missing(self.product)
-            self._check_extra(self.product, records, listed)
+            if TABLES in records:
+                self._check_extra(self.product, {*records[TABLES]["objects"]}, listed)
+            self._check_missing(self.product, {*records})
         return self.findings
 
     def _add(self, found: Iterable[Finding], part: int | str | None) -> None:
         """Findings, whose places are those in the product, of a part."""
         for one in found:
-            where = one.where
-            if not where and isinstance(part, int) and self.product is not None:
-                start, stop = self.product.rows_of(part)
-                where = f"rows {start} to {stop - 1}" if stop - start > 1 else f"row {start}"
-            place = f"{self.prefix}/{one.place}"
-            self.findings.append(replace(one, place=place, product=self.name, part=part, where=where))
+            self.findings.append(replace(one, place=f"{self.prefix}/{one.place}", product=self.name, part=part))
+            if part == TABLES:
+                self.product = None
 
     @contextmanager
     def _adding(self, place: str, expected: str, part: int | str | None) -> Iterator[None]:
@@ -404,95 +318,74 @@ class ProductCheck:
         except Exception as error:
             self._add([Finding(place, expected, _damage(error))], part)
 
-    def _is_found(self, part: int | str) -> bool:
-        return any(finding.part == part for finding in self.findings)
-
     def _read_records(self) -> dict[int | str, dict[str, Any]]:
         """The records that can be read: of the tables first, then in order."""
-        records, tables = dict[int | str, dict[str, Any]](), record_name(self.prefix, TABLES)
-        for name in sorted(self.folder.sizes(f"{self.prefix}/parts"), key=lambda name: (name != tables, name)):
-            found = re.fullmatch(rf".*/parts/({TABLES}|{INDEX}\w+|\d{{6,}})\.json", name)
-            if found is None:
-                continue
-            part = int(found[1]) if found[1].isdigit() else found[1]
+        records, recorded = dict[int | str, dict[str, Any]](), recorded_parts(self.folder, self.prefix)
+        for part, name in sorted(recorded.items(), key=lambda item: (item[0] != TABLES, item[1])):
             if isinstance(part, str) or self.product is None or part < self.product.parts:
-                with self._adding(_record(part), "the record of a part", part):
+                with self._adding(record_of(part), "the record of a part", part):
                     records[part] = parse_record(self.folder.read(name))
         return records
 
     def _check_objects(self, part: int | str, record: dict[str, Any], listed: dict[str, int]) -> bool:
-        """Size and sha256 of every object of a part. True if all are as recorded."""
-        before, wrong = len(self.findings), list[Finding]()
-        self.checked.parts += isinstance(part, int)
-        self._check_names(part, set(record["objects"]))
+        """The objects of a part, by name, size and sha256. True if all are as recorded."""
+        before, names = len(self.findings), {*record["objects"]}
+        if self.product is not None and (wrong := _objects_of(self.product, part, names) ^ names):
+            found = f"wrong or missing: {', '.join(sorted(wrong))}"
+            self._add([Finding(record_of(part), "a record of the part's objects and of no others", found)], part)
+            return False
         damaged = {finding.place for finding in self.findings}  # metadata that cannot be read
-        for name, entry in record["objects"].items() if len(self.findings) == before else ():
+        for name, entry in record["objects"].items():
             path = f"{self.prefix}/{name}"
             if path in damaged:
                 continue
-            size = listed.get(path)
-            self.checked.objects += 1
-            if size is None or size != entry["bytes"]:
-                found = "no such object" if size is None else str(size)
-                wrong.append(Finding(name, f"{entry['bytes']} bytes", found))
-            else:
-                self.checked.bytes += size
-                if (sha256 := self.folder.sha256(path)) != entry["sha256"]:
-                    wrong.append(Finding(name, f"sha256 {entry['sha256'][:16]}...", f"{sha256[:16]}..."))
-            self.on_bytes(size or 0)
-        self._add(wrong, part)
+            size = listed.get(path, 0)
+            self.checked.bytes += size
+            if size != entry["bytes"] or path not in listed:
+                found = str(listed.get(path, "no such object"))
+                self._add([Finding(name, f"{entry['bytes']} bytes", found)], part)
+            elif (sha256 := self.folder.sha256(path)) != entry["sha256"]:
+                self._add([Finding(name, f"sha256 {entry['sha256'][:16]}...", f"{sha256[:16]}...")], part)
+            self.on_bytes(size)
         return len(self.findings) == before
 
-    def _check_names(self, part: int | str, names: set[str]) -> None:
-        """Whether a record is of the objects that the part consists of, as far as the metadata can be read."""
-        if self.product is None:
-            return
-        tables, wanted = TABLE_ARRAYS[self.product.level], {"zarr.json"}
-        if isinstance(part, int):
-            wanted = set(self.product.row_objects(part).values())
-        elif part != TABLES:
-            wanted = {part}
-        else:
-            arrays = (*row_arrays(self.product.level, self.product.dim), *tables)
-            wanted |= {f"{name}/zarr.json" for name in arrays}
-            names = {name for name in names if name in wanted or name.split("/")[0] not in tables}
-        if wrong := wanted ^ names:
-            expected = f"a record of {len(wanted)} objects and of no others"
-            self._add([Finding(_record(part), expected, f"wrong or missing: {', '.join(sorted(wrong))}")], part)
-
-    def _check_missing(self, product: Product) -> None:
-        rows = product.missing()
-        missing: list[int | str] = [*([] if product.is_finished(TABLES) else [TABLES]), *rows]
+    def _check_missing(self, product: Product, recorded: set[int | str]) -> None:
+        seen = recorded | {finding.part for finding in self.findings}
+        missing = [part for part in (TABLES, *range(product.parts)) if part not in seen]
         if missing and not self.needed_by:
-            done = product.parts - len(rows)
+            done = sum(isinstance(part, int) for part in recorded)
             self.checked.unfinished.append(f"{product.level} {product.key[:12]}: {done}/{product.parts} parts")
         expected = f"the record of a part that {self.needed_by} needs"
         for part in missing[:MOST_MISSING] if self.needed_by else ():
-            if not self._is_found(part):
-                self._add([Finding(_record(part), expected, "no such object")], part)
+            self._add([Finding(record_of(part), expected, "no such object")], part)
 
-    def _check_extra(self, product: Product, records: dict[int | str, dict[str, Any]], listed: dict[str, int]) -> None:
-        """Objects that no record names, and that no part that is still to come or to be made again can have written."""
-        known = {
-            "zarr.json",
-            f"pictures/{LATER}.npz",
-            _record(TABLES),
-            *records.get(TABLES, {"objects": ()})["objects"],
-        }
+    def _check_extra(self, product: Product, known: set[str], listed: dict[str, int]) -> None:
+        """Objects that no record names, and that no part that is still to come or to be made again can have written.
+        `known`: those of the tables.
+        """
+        known |= {f"pictures/{LATER}.npz", record_of(TABLES)}
         for part in range(product.parts):
-            known |= {_record(part), f"pictures/{part:06d}.npz", *product.row_objects(part).values()}
-        still_to_come: tuple[str, ...] = (INDEX, f"parts/{INDEX}")  # one may be built now, or was when it was killed
-        if TABLES not in records or self._is_found(TABLES):
-            arrays = row_arrays(product.level, product.dim)
-            still_to_come += (*(f"{n}/" for n in TABLE_ARRAYS[product.level]), *(f"{n}/zarr.json" for n in arrays))
+            known |= {record_of(part), f"pictures/{part:06d}.npz", *product.row_objects(part).values()}
+        index = (INDEX, f"parts/{INDEX}")  # one may be built now, or was when it was killed
         names = {path.removeprefix(f"{self.prefix}/") for path in listed} - known
-        extra = [name for name in sorted(names) if not name.startswith(still_to_come)]
+        extra = [name for name in sorted(names) if not name.startswith(index)]
         self._add([Finding(name, "nothing there", "an object that no record names") for name in extra], None)
 
 
-def _record(part: int | str) -> str:
-    """The name of a part's record in its product."""
-    return record_name("", part)[1:]
+def _objects_of(product: Product, part: int | str, names: set[str]) -> set[str]:
+    """The objects that a part consists of; of tables, whose metadata say in how many objects they are, those of `names`
+    that are theirs.
+    """
+    if isinstance(part, int):
+        return {*product.row_objects(part).values()}
+    if part != TABLES:
+        return {part}
+    tables = TABLE_ARRAYS[product.level]
+    return {
+        "zarr.json",
+        *(f"{name}/zarr.json" for name in (*row_arrays(product.level, product.dim), *tables)),
+        *(name for name in names if name.split("/")[0] in tables),
+    }
 
 
 def _damage(error: BaseException) -> str:

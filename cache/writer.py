@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 
 from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.product import Product, record_name
+from hdovd.cache.product import Product, record_of
 from hdovd.cache.schema import (
     CHUNK_ROWS,
     NORM_TOLERANCE,
@@ -189,7 +189,7 @@ class PartFiller:
 def _is_recorded(folder: Folder, prefix: str, metadata: bytes) -> bool:
     """Whether a product's tables were written beside these very metadata."""
     try:
-        entry = json.loads(folder.read(record_name(prefix, TABLES)))["objects"]["zarr.json"]
+        entry = json.loads(folder.read(f"{prefix}/{record_of(TABLES)}"))["objects"]["zarr.json"]
         return bool(entry["sha256"] == hashlib.sha256(metadata).hexdigest())
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False

@@ -1,7 +1,7 @@
-"""A folder of a cache as a Zarr store, to be read only: Zarr then has the folder's own retries, errors and care for
-forks.
+"""The folder of an array of a cache as a Zarr store, to be read only: Zarr then has the folder's own retries, errors
+and care for forks.
 
-A chunk that is not there is an error: every part and every table is written whole, and Zarr would make up its values.
+What is not there is an error: every part and every table is written whole, and Zarr would make up its values.
 """
 
 import asyncio
@@ -41,11 +41,9 @@ class FolderStore(Store):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         try:
-            data = await asyncio.to_thread(self._folder.read, self._name(key), *_slice(byte_range))
+            data = await asyncio.to_thread(self._folder.read, f"{self._prefix}/{key}", *_slice(byte_range))
         except FileNotFoundError:
-            if "/c/" in key:
-                raise HdovdError(f"{self}/{key} is missing: {REPAIR}") from None
-            return None
+            raise HdovdError(f"{self}/{key} is missing: {REPAIR}") from None
         return prototype.buffer.from_bytes(data)
 
     async def get_partial_values(
@@ -54,12 +52,9 @@ class FolderStore(Store):
         return [*await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges))]
 
     async def exists(self, key: str) -> bool:
-        return await asyncio.to_thread(self._folder.exists, self._name(key))
+        return await asyncio.to_thread(self._folder.exists, f"{self._prefix}/{key}")
 
     set = delete = list = list_prefix = list_dir = _READS_BY_NAME_ALONE
-
-    def _name(self, key: str) -> str:
-        return f"{self._prefix}/{key}".lstrip("/")
 
 
 def _slice(byte_range: ByteRequest | None) -> tuple[Any, Any]:

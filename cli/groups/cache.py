@@ -79,13 +79,13 @@ def gc(
     A run counts while its folder is there, as seen from this machine.
     """
     catalog = Catalog(cache)
-    from hdovd.pipelines.cache_tools.listing import delete_garbage, find_garbage, garbage_lines
+    from hdovd.pipelines.cache_tools.listing import Garbage, delete_garbage, find_garbage, garbage_lines
     from hdovd.pipelines.common.console import size
 
     garbage = find_garbage(catalog, drop_set)
     for line in garbage_lines(garbage):
         typer.echo(line)
-    if not garbage.everything and drop_set is None:
+    if garbage == Garbage() and drop_set is None:
         typer.echo("everything is in use: there is nothing to delete")
     elif yes:
         deleted, left = delete_garbage(catalog, garbage, unfinished=unfinished, without_set=drop_set)

@@ -140,9 +140,12 @@ class CheckConfig:
                     f"from"
                 )
             return
-        folder = open_folder(self.cache)
-        if not folder.exists("zarr.json") and not any(folder.sizes(level) for level in Level):
-            Catalog(self.cache)  # says so
+        try:
+            Catalog(self.cache)
+        except HdovdError as error:  # a cache whose root is damaged is one
+            folder = open_folder(self.cache)
+            if (error.__cause__ is None and folder.exists("zarr.json")) or not any(map(folder.sizes, Level)):
+                raise
 
 
 def settings_of(config: CheckConfig, name: str, features: FeatureSet) -> ExtractConfig:

@@ -47,7 +47,7 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import ImportConfig
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.tensors import floats, load_pth
-from hdovd.pipelines.extraction.identities import BoxTable, TextRows, box_table
+from hdovd.pipelines.extraction.identities import TextRows, box_table
 from hdovd.pipelines.proposal_files.safe_pickle import load_arrays
 from hdovd.pipelines.proposal_files.table import Proposals, ProposalTable, boxes_of
 
@@ -84,8 +84,7 @@ class ForeignImage:
 
     def rows(self) -> np.ndarray:
         """Base boxes, then proposals, as the box table has them: (n + m, D)."""
-        parts = [rows for rows in (self.base_embedding, self.proposal_embedding) if rows is not None]
-        return np.concatenate(parts)
+        return np.concatenate([rows for rows in (self.base_embedding, self.proposal_embedding) if rows is not None])
 
 
 def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[ForeignImage]:
@@ -102,42 +101,29 @@ def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[For
             f"no folder {folder}, or it holds no .pth: expected the HD-OVD embeddings, one .pth an image "
             f"(000000000009.pth)"
         )
-    kept = {i for image in split.images for i in image.annotation_ids.tolist()}
     found = read_instances(
         split.annotations, split.folder
     )  # again, since the split holds neither the other images nor areas
     place = {image_id: number for number, image_id in enumerate(found.images)}
-    without_row = {
-        number for row, number in enumerate(found.ids) if number in kept and _left_out_by_mmdetection(found, row)
-    }
+    without_row = {number for row, number in enumerate(found.ids) if _left_out_by_mmdetection(found, row)}
     proposals = load_arrays(proposals_pkl)
-    if not isinstance(proposals, list):
+    if not isinstance(proposals, list) or len(proposals) != len(place):
+        count = f"one of {len(proposals)}" if isinstance(proposals, list) else f"a {type(proposals).__name__}"
         raise HdovdError(
-            f"{proposals_pkl} is no HD-OVD proposal file: expected a list of arrays, one an image, found a "
-            + type(proposals).__name__
-        )
-    if len(proposals) != len(place):
-        raise HdovdError(
-            f"{proposals_pkl} holds proposals for {len(proposals)} images, but {split.annotations} lists {len(place)}, "
-            f"and they go together by place in the list: give the annotation file that the proposals were made for"
+            f"{proposals_pkl} is no HD-OVD proposal file of {split.annotations}: expected a list of {len(place)} "
+            f"arrays, one for each of its images by place in the list, found {count}: give the annotation file that "
+            f"the proposals were made for"
         )
 
     def read(image: ImageBoxes) -> ForeignImage:
         file = folder / f"{Path(image.file_name).name[:-4]}.pth"
         tensors = _load(file, GT, PROPOSAL, FULL)
-        ours = image.annotation_ids.tolist()
-        absent = [i for i in ours if i in without_row]
-        base = _rows(
-            tensors[GT],
-            f"{file}: {GT}",
-            len(ours) - len(absent),
-            "base boxes" + (f" ({len(ours)} less {len(absent)} that mmdetection leaves out)" if absent else ""),
-        )
-        if absent:
+        if absent := [i for i in image.annotation_ids.tolist() if i in without_row]:
             raise Unfit(
                 f"{file} holds no embedding of annotations {shorten(absent)}: the published trainer leaves out boxes "
                 f"with a side under 1 px. Leave them out of the annotation file as well"
             )
+        base = _rows(tensors[GT], f"{file}: {GT}", len(image.boxes), "base boxes")
         boxes, scores = boxes_of(proposals[place[image.id]], f"{proposals_pkl}: entry {place[image.id]}")
         keys = [key for key in (PROPOSAL, TEXT) if key in tensors]
         of = f"boxes in {proposals_pkl.name}; is that in the order of the annotation file?"
@@ -187,9 +173,7 @@ def read_oadp(folder: Path, split: Split) -> Iterator[ForeignImage]:
         rows = _rows(tensors["embeddings"], f"{file}: embeddings", len(boxes), "bboxes")
         boxes, scores, (rows,), dropped = _inside(image, boxes, scores, [rows])
         order = np.argsort(-scores, kind="stable")
-        whole = None
-        if images is not None:
-            whole = _image_row(_load(images / file.name), str(images / file.name))
+        whole = None if images is None else _image_row(_load(images / file.name), str(images / file.name))
         return ForeignImage(
             image.id, None, boxes[order], scores[order], _unit(rows[order], f"{file}: embeddings"), None, whole, dropped
         )
@@ -274,8 +258,7 @@ def _inside(
     image: ImageBoxes, boxes: np.ndarray, scores: np.ndarray, rows: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], int]:
     """All of the boxes that have an area in the image, cut to it, and how many have none."""
-    edge = np.array([image.width, image.height, image.width, image.height], np.float32)
-    cut = boxes.clip(0, edge)
+    cut = boxes.clip(0, np.array([image.width, image.height] * 2, np.float32))
     keep = np.isfinite(boxes).all(axis=1) & np.isfinite(scores) & (cut[:, 2:] > cut[:, :2]).all(axis=1)
     return cut[keep], scores[keep], [r[keep] for r in rows], int((~keep).sum())
 
@@ -292,7 +275,7 @@ def import_features(config: ImportConfig) -> FeatureSet:
     read: Read = partial(read_oadp, Path(config.source))
     if config.proposals is not None:  # of this format alone
         read = partial(read_hd_ovd, Path(config.source), config.proposals)
-    found = _survey(config, split, read)
+    found = _Survey(config, split, read)
     catalog = Catalog.create(config.cache)
     writers = _begin(config, found, catalog)
     _write_rows(read, split, found, writers)
@@ -302,7 +285,7 @@ def import_features(config: ImportConfig) -> FeatureSet:
         writers[Level.CLASS] = _write_classes(config, config.clip, protocol.names, catalog, found.dim)
     features = FeatureSet(
         {level: writer.product.key for level, writer in writers.items()},
-        {**split.skips.by_reason, **({"proposal without area, image": list(found.dropped)} if found.dropped else {})},
+        {**split.skips.by_reason, **({"proposal without area, image": found.dropped} if found.dropped else {})},
         proposals={"file": Path(config.proposals or config.source).name, "identity": found.identity, "made_by": None},
     )
     catalog.write_set(config.features, features)
@@ -313,64 +296,51 @@ def import_features(config: ImportConfig) -> FeatureSet:
     return features
 
 
-@dataclass(slots=True)
 class _Survey:
-    """What the first reading found. `texts`: the row number of every different text embedding, by its bytes.
-
-    `content`: a hash of all rows of a level that has some. `dropped`: images of which proposals were left out.
-    `identity`: of the proposals.
+    """What the first reading found: the `table` of boxes; `dropped`, images of which proposals were left out; `texts`,
+    the row number of every different text embedding by its bytes; `content`, a hash of all rows of a level that has
+    some; `identity` of the proposals; `dim`, D.
     """
 
-    table: BoxTable
-    dropped: list[int | str]
-    texts: dict[bytes, int]
-    content: dict[Level, str]
-    dim: int
-    identity: str
-
-
-def _survey(config: ImportConfig, split: Split, read: Read) -> _Survey:
-    hashes = defaultdict[Level, Any](hashlib.sha256)
-    proposals, failed = dict[int, Proposals](), dict[int, str]()
-    dropped, texts = list[int | str](), dict[bytes, int]()
-    dim, with_base = 0, False
-    for image in progress(read(split), "reading", "image", total=len(split.images)):
-        if image.reason is not None:
-            failed[image.image_id] = image.reason
-            continue
-        proposals[image.image_id] = Proposals(image.proposal_box, image.proposal_score)
-        dropped += [image.image_id] * bool(image.dropped)
-        dim, with_base = image.proposal_embedding.shape[1], with_base or image.base_embedding is not None
-        hashes[Level.INSTANCE].update(image.rows().tobytes())
-        if image.image_embedding is not None:
-            hashes[Level.IMAGE].update(image.image_embedding.tobytes())
-        for row in () if image.proposal_text is None else image.proposal_text.astype(np.float16):
-            hashes[Level.PSEUDO_LABEL].update(texts.setdefault(row.tobytes(), len(texts)).to_bytes(8, "little"))
-    log(*(f"left out: image {image_id}: {reason}" for image_id, reason in list(failed.items())[:20]))
-    if len(failed) == len(split.images):
-        raise HdovdError(
-            f"nothing in {config.source} fits {split.annotations}: all {len(failed)} images were left out, first of "
-            f"all image {next(iter(failed))}: {next(iter(failed.values()))}"
-        )
-    if failed:
-        log(f"{counted(len(failed), 'image has', 'images have')} no embeddings; hdovd cache info lists them")
-    if dropped:
-        log(f"skipped proposals without area in {counted(len(dropped), 'image')} ({shorten(list(dropped))})")
-    images = split.images
-    if not with_base:
-        images = [replace(i, boxes=i.boxes[:0], annotation_ids=i.annotation_ids[:0]) for i in images]
-        log(
-            f"{config.format} has no embeddings of base boxes: hdovd train will refuse the instance level for the "
-            f"boxes that it lacks"
-        )
-    return _Survey(
-        box_table(images, proposals),
-        dropped,
-        texts,
-        {level: found.hexdigest() for level, found in hashes.items()},
-        dim,
-        ProposalTable.of(proposals).identity(),
-    )
+    def __init__(self, config: ImportConfig, split: Split, read: Read) -> None:
+        hashes = defaultdict[Level, Any](hashlib.sha256)
+        proposals, failed = dict[int, Proposals](), dict[int, str]()
+        self.dropped, self.texts = list[int | str](), dict[bytes, int]()
+        self.dim, with_base = 0, False
+        for image in progress(read(split), "reading", "image", total=len(split.images)):
+            if image.reason is not None:
+                failed[image.image_id] = image.reason
+                continue
+            proposals[image.image_id] = Proposals(image.proposal_box, image.proposal_score)
+            self.dropped += [image.image_id] * bool(image.dropped)
+            self.dim, with_base = image.proposal_embedding.shape[1], with_base or image.base_embedding is not None
+            hashes[Level.INSTANCE].update(image.rows().tobytes())
+            if image.image_embedding is not None:
+                hashes[Level.IMAGE].update(image.image_embedding.tobytes())
+            for row in () if image.proposal_text is None else image.proposal_text.astype(np.float16):
+                hashes[Level.PSEUDO_LABEL].update(
+                    self.texts.setdefault(row.tobytes(), len(self.texts)).to_bytes(8, "little")
+                )
+        log(*(f"left out: image {image_id}: {reason}" for image_id, reason in list(failed.items())[:20]))
+        if len(failed) == len(split.images):
+            raise HdovdError(
+                f"nothing in {config.source} fits {split.annotations}: all {len(failed)} images were left out, first "
+                f"of all image {next(iter(failed))}: {next(iter(failed.values()))}"
+            )
+        if failed:
+            log(f"{counted(len(failed), 'image has', 'images have')} no embeddings; hdovd cache info lists them")
+        if self.dropped:
+            log(f"skipped proposals without area in {counted(len(self.dropped), 'image')} ({shorten(self.dropped)})")
+        images = split.images
+        if not with_base:
+            images = [replace(i, boxes=i.boxes[:0], annotation_ids=i.annotation_ids[:0]) for i in images]
+            log(
+                f"{config.format} has no embeddings of base boxes: hdovd train will refuse the instance level for the "
+                f"boxes that it lacks"
+            )
+        self.table = box_table(images, proposals)
+        self.content = {level: found.hexdigest() for level, found in hashes.items()}
+        self.identity = ProposalTable.of(proposals).identity()
 
 
 def _begin(config: ImportConfig, found: _Survey, catalog: Catalog) -> dict[Level, ProductWriter]:
@@ -385,8 +355,11 @@ def _begin(config: ImportConfig, found: _Survey, catalog: Catalog) -> dict[Level
     if Level.IMAGE in found.content:
         inputs[Level.IMAGE] = {**origin, "content": found.content[Level.IMAGE], **of_images}
     if names:
-        texts = hashlib.sha256(b"".join(found.texts)).hexdigest()
-        inputs[Level.NOUN] = {**origin, "content": texts, "names": {"count": len(names)}}
+        inputs[Level.NOUN] = {
+            **origin,
+            "content": hashlib.sha256(b"".join(found.texts)).hexdigest(),
+            "names": {"count": len(names)},
+        }
         inputs[Level.PSEUDO_LABEL] = {
             **schema,
             "instance": key_of(inputs[Level.INSTANCE]),
@@ -433,16 +406,15 @@ def _write_rows(read: Read, split: Split, found: _Survey, writers: dict[Level, P
             row = np.zeros((1, found.dim), np.float32) if whole is None else whole[None]
             parts[Level.IMAGE].add({"embedding": row}, why)
         if Level.PSEUDO_LABEL in parts:
-            source = found.table.source[start:stop]
-            parts[Level.PSEUDO_LABEL].add(_pseudo_labels(image, rows, source, found.texts, nouns))
+            extra = found.table.source[start:stop] == Source.PROPOSAL
+            parts[Level.PSEUDO_LABEL].add(_pseudo_labels(image, rows, extra, found.texts, nouns))
 
 
 def _pseudo_labels(
-    image: ForeignImage, rows: np.ndarray, source: np.ndarray, texts: dict[bytes, int], nouns: np.ndarray
+    image: ForeignImage, rows: np.ndarray, extra: np.ndarray, texts: dict[bytes, int], nouns: np.ndarray
 ) -> dict[str, Any]:
     noun, cosine = np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.float32)
     if image.proposal_text is not None and len(image.proposal_text):
-        extra = source == Source.PROPOSAL
         noun[extra] = [texts[row.tobytes()] for row in image.proposal_text.astype(np.float16)]
         cosine[extra] = (rows[extra] * nouns[noun[extra]]).sum(axis=1)
     return {"noun": noun, "noun_cosine": cosine}

@@ -9,11 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
-from hdovd.cache.identity import KeyInputs, differences
-from hdovd.cache.product import Product
+from hdovd.cache.identity import differences
+from hdovd.cache.product import Product, recorded_parts
 from hdovd.cache.schema import DEFAULT_SET, INDEX, TABLES, Level
 from hdovd.cache.store import Folder
 from hdovd.cache.verify import product_names
@@ -22,17 +20,17 @@ from hdovd.data.coco import Skips
 from hdovd.pipelines.common.console import size
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.common.settings import pair_lines
-from hdovd.pipelines.extraction.identities import match_rows
 from hdovd.pipelines.proposal_files.file import made_by_line
 from hdovd.pipelines.runs.listing import table_lines
+from hdovd.pipelines.search.nearest import index_part
 
 TOGETHER = ("clip", "images", "boxes")  # inputs that the products of one extraction share
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One product. `product`: None if its metadata cannot be read. `state`: whole, damaged, or how much is done.
-    `touched`: when it was last written to, by the clock.
+    """One product. `product`: None if its metadata cannot be read. `state`: damaged, how much is done, or whole, and
+    whether its rows are indexed. `began`: by the clock.
     """
 
     level: Level
@@ -41,32 +39,26 @@ class Entry:
     size: int
     state: str
     began: float
-    touched: float
     users: tuple[str, ...]
-    indexed: bool = False
 
 
 def inventory(folder: Folder, users: dict[tuple[Level, str], list[str]]) -> list[Entry]:
     """Every product, in the order of levels, the oldest first."""
     entries = []
     for level, key in product_names(folder):
-        listed = folder.sizes(f"{level}/{key}")
-        records = [name for name in listed if name.startswith(f"{level}/{key}/parts/")]
-        numbers = {int(name[-11:-5]) for name in records if name[-11:-5].isdigit()}
-        product, state = None, "damaged"
+        prefix, product, state = f"{level}/{key}", None, "damaged"
+        listed, records = folder.sizes(prefix), recorded_parts(folder, prefix)
         with suppress(HdovdError):
             product = Product(folder, level, key)
-            done = len(numbers & set(range(product.parts)))
+            done = len(records.keys() & set(range(product.parts)))
             state = f"{done}/{product.parts} parts"
             if done == product.parts:
-                state = "whole" if product.record_name(TABLES) in records else "no tables"
-        began = folder.modified(next(iter(listed))) if product is None else product.modified()
-        touched = max([began, *(folder.modified(name) for name in records[-2:])])
+                state = "whole" if TABLES in records else "no tables"
+            if any(str(part).startswith(INDEX) for part in records) and index_part(product)[0] in records:
+                state += ", indexed"  # not by an index of earlier rows
+        began = folder.modified([*listed][-1])  # of its metadata, the last by name, or what there is without them
         its_users = tuple(users.get((level, key), ()))
-        indices = {name for name in records if f"/{INDEX}" in name}
-        others = [folder.modified(name) for name in records if indices and name not in indices]
-        indexed = any(folder.modified(name) >= max(others) for name in indices)  # an older one is of other rows
-        entries.append(Entry(level, key, product, sum(listed.values()), state, began, touched, its_users, indexed))
+        entries.append(Entry(level, key, product, sum(listed.values()), state, began, its_users))
     return sorted(entries, key=lambda e: (list(Level).index(e.level), e.began))
 
 
@@ -82,10 +74,6 @@ class Garbage:
     partial: dict[str, int] = field(default_factory=dict)
     runs: list[RunRecord] = field(default_factory=list)
 
-    @property
-    def everything(self) -> list[object]:
-        return [*self.unused, *self.unfinished, *self.partial, *self.runs]
-
     def bytes(self, *, unfinished: bool) -> int:
         return sum(e.size for e in self.unused + (self.unfinished if unfinished else [])) + sum(self.partial.values())
 
@@ -98,14 +86,8 @@ def find_garbage(catalog: Catalog, without_set: str | None = None) -> Garbage:
     if without_set is not None and without_set not in sets:
         raise HdovdError(f"{catalog.folder.url} has no set {without_set}; it has {', '.join(sets) or 'none'}")
     users = {product: [user for user in of if user != f"set {without_set}"] for product, of in catalog.users().items()}
-    unused = [entry for entry in inventory(catalog.folder, users) if not entry.users]
-    unfinished = of_unfinished_extractions(unused)
-    return Garbage(
-        [e for e in unused if e not in unfinished],
-        unfinished,
-        catalog.folder.stale(),
-        [run for run in catalog.runs() if not run.is_there],
-    )
+    gone = [run for run in catalog.runs() if not run.is_there]
+    return Garbage(*unused(inventory(catalog.folder, users)), catalog.folder.stale(), gone)
 
 
 def delete_garbage(
@@ -131,19 +113,20 @@ def delete_garbage(
     return garbage.bytes(unfinished=unfinished) - sum(entry.size for entry in left), left
 
 
-def of_unfinished_extractions(unused: Sequence[Entry]) -> list[Entry]:
-    """Products without all their parts, and whole ones that could have been begun with them: their extraction may be
-    running.
+def unused(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
+    """What nothing uses, and apart from it what may belong to an extraction that is running or can go on: products
+    without all their parts, and whole ones that could have been begun with them.
     """
-    return _grown([entry for entry in unused if entry.product is not None and entry.state != "whole"], unused)
+    lone = [entry for entry in entries if not entry.users]
+    going_on = _grown([entry for entry in lone if not entry.state.startswith(("whole", "damaged"))], lone)
+    return [entry for entry in lone if entry not in going_on], going_on
 
 
 def _grown(some: Sequence[Entry], entries: Sequence[Entry]) -> list[Entry]:
     """`some` with all `entries` that could be of the same extractions."""
-    found, new = list(some), list(some)
-    while new:
-        new = [entry for entry in entries if entry not in found and any(_together(entry, other) for other in new)]
-        found += new
+    found = list(some)
+    for one in found:  # which grows meanwhile
+        found += [entry for entry in entries if entry not in found and _together(entry, one)]
     return [entry for entry in entries if entry in found]
 
 
@@ -200,63 +183,38 @@ def product_lines(catalog: Catalog) -> list[str]:
     entries = inventory(catalog.folder, users)
     if not entries:
         return [f"{catalog.folder.url} is empty: hdovd extract-clip --cache {catalog.folder.url} fills it", *note]
-    lines = table_lines(
-        (*HEAD, "used by"),
-        [(*_cells(entry, entries), shorten([*map(_short_user, entry.users)], 4) or "-") for entry in entries],
-        NUMBERS,
-    )
-    unfinished = sum(entry.state not in ("whole", "damaged") for entry in entries)
+    users_of = [[user if user.startswith("set ") else f"run {Path(user).name}" for user in e.users] for e in entries]
+    cells = [(*_cells(entry), shorten(of, 4) or "-") for entry, of in zip(entries, users_of, strict=True)]
+    lines = table_lines((*HEAD, "used by"), cells, NUMBERS)
+    unfinished = sum(not entry.state.startswith(("whole", "damaged")) for entry in entries)
     total = size(sum(entry.size for entry in entries))
     lines.append(f"{counted(len(entries), 'product')}{f' ({unfinished} not finished)' if unfinished else ''}, {total}")
-    if note:
-        return lines + note
-    unused = [entry for entry in entries if not entry.users]
-    going_on = of_unfinished_extractions(unused)
-    rest = [entry.size for entry in unused if entry not in going_on]
-    if going_on:
-        lines.append(
-            f"{len(going_on)} of them belong to an extraction that is running, or can go on by its extract-clip command"
-        )
-    if rest:
-        lines.append(
-            f"no set and no run uses {len(rest)} of them, {size(sum(rest))}: hdovd cache gc {catalog.folder.url}"
-        )
-    return lines
+    return lines + note
 
 
-def _cells(entry: Entry, entries: Sequence[Entry]) -> tuple[str, ...]:
-    rows = f"{entry.product.rows:,d}" if entry.product is not None else "-"
+def _cells(entry: Entry) -> tuple[str, ...]:
     return (
         str(entry.level),
         entry.key[:12],
-        entry.state + ", indexed" * entry.indexed,
-        rows,
+        entry.state,
+        f"{entry.product.rows:,d}" if entry.product is not None else "-",
         size(entry.size),
-        *_model(entry, entries),
+        *_model(entry),
         age(time.time() - entry.began),
     )
 
 
-def _model(entry: Entry, entries: Sequence[Entry]) -> tuple[str, str]:
-    """The CLIP and its precision."""
+def _model(entry: Entry) -> tuple[str, str]:
+    """The CLIP and its precision; of pseudo labels, which are made of what stands there, no precision."""
     if entry.product is None:
         return "-", "-"
     inputs, made_with = entry.product.attributes["key_inputs"], entry.product.attributes["made_with"]
-    for other in entries:
-        if other.product is not None and other.key == inputs.get(
-            Level.INSTANCE
-        ):  # pseudo labels: that of the embeddings they come from
-            inputs = other.product.attributes["key_inputs"]
     clip = inputs.get("clip", {})
     name = "/".join(str(made_with[part]) for part in ("clip", "pretrained") if made_with.get(part)) or "-"
     if name == "local-dir" and "weights_sha256" in clip:  # a folder's name is not kept: say which weights
         name += f" {clip['weights_sha256'][:8]}"
     dtype = str(clip.get("compute_dtype", "-"))
     return name, Precision.of(dtype) or dtype
-
-
-def _short_user(user: str) -> str:
-    return user if user.startswith("set ") else f"run {Path(user).name}"
 
 
 def age(seconds: float) -> str:
@@ -270,20 +228,12 @@ def age(seconds: float) -> str:
 
 def info_lines(catalog: Catalog, name: str | None) -> list[str]:
     """A set (by default the default one) or a product, whole. Raises HdovdError for a name that is neither."""
-    sets = catalog.sets()
-    if name is None and DEFAULT_SET not in sets:
-        known = (
-            f"its sets: {', '.join(sets)}; hdovd cache info {catalog.folder.url} NAME tells more of one"
-            if sets
-            else "no set is finished yet; these are its products"
-        )
-        return [f"{catalog.folder.url} has no set {DEFAULT_SET}: {known}", "", *product_lines(catalog)]
-    wanted = name or DEFAULT_SET
+    sets, wanted = catalog.sets(), name or DEFAULT_SET
     entries = inventory(catalog.folder, catalog.users())
     if wanted in sets:
         return _set_lines(catalog, wanted, sets[wanted], entries)
     product = find_product(catalog, wanted)
-    return _product_lines(next(e for e in entries if (e.level, e.key) == (product.level, product.key)), entries)
+    return _product_lines(next(e for e in entries if (e.level, e.key) == (product.level, product.key)), product)
 
 
 def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Sequence[Entry]) -> list[str]:
@@ -291,7 +241,7 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
     lines = [
         f"set {name} of {catalog.folder.url}: {counted(len(mine), 'product')}, "
         f"{size(sum(entry.size for entry in mine))}",
-        *(f"  {line}" for line in table_lines(HEAD, [_cells(entry, entries) for entry in mine], NUMBERS)),
+        *(f"  {line}" for line in table_lines(HEAD, [_cells(entry) for entry in mine], NUMBERS)),
         *(
             f"  {level} {key[:12]} is not there: hdovd cache verify"
             for level, key in features.levels.items()
@@ -327,23 +277,17 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
     ]
 
 
-def _product_lines(entry: Entry, entries: Sequence[Entry]) -> list[str]:
-    product = entry.product
-    if product is None:
-        return [
-            f"{entry.level} {entry.key}: its metadata are damaged: hdovd cache verify --repair, then its extract-clip "
-            f"command"
-        ]
+def _product_lines(entry: Entry, product: Product) -> list[str]:
     parts = (
         f", {counted(product.parts, 'part')} of at most {product.part_rows:,d} rows"
         if product.parts
         else ", tables alone"
     )
     values = {
-        "state": entry.state + ", indexed" * entry.indexed + parts,
+        "state": entry.state + parts,
         "rows": f"{product.rows:,d}" + (f" of {product.dim} values" if product.dim else ""),
         "size": size(entry.size),
-        "model": ", ".join(_model(entry, entries)),
+        "model": ", ".join(_model(entry)),
         "begun": f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(entry.began))}, {age(time.time() - entry.began)} "
         f"ago",
         "used by": ", ".join(entry.users) or "nothing",
@@ -375,19 +319,14 @@ def find_product(catalog: Catalog, name: str) -> Product:
     """The product whose key begins so. Raises HdovdError if there is none, or more than one."""
     keys = product_names(catalog.folder)
     found = [(level, key) for level, key in keys if len(name) >= LEAST_PREFIX and key.startswith(name)]
-    if len(found) == 1:
-        return Product(catalog.folder, *found[0])
-    if found:
+    if len(found) != 1:
         raise HdovdError(
-            f"{name} begins {len(found)} keys of {catalog.folder.url}, give more of it: "
-            + ", ".join(f"{level} {key}" for level, key in found)
+            f"{catalog.folder.url} has no set {name}, and {len(found)} products whose keys begin so: give a set, or "
+            f"{LEAST_PREFIX} characters of a key at least, so many that it is one product's. Sets: "
+            f"{', '.join(catalog.sets()) or 'none, as long as no extraction has finished'}; "
+            f"products: {', '.join(f'{level} {key[:12]}' for level, key in found or keys) or 'none'}"
         )
-    short_name = f" ({LEAST_PREFIX} characters of a key at least)" if len(name) < LEAST_PREFIX else ""
-    raise HdovdError(
-        f"{catalog.folder.url} has no set and no product {name}{short_name}. Sets: "
-        f"{', '.join(catalog.sets()) or 'none'}; "
-        f"products: {', '.join(f'{level} {key[:12]}' for level, key in keys) or 'none'}"
-    )
+    return Product(catalog.folder, *found[0])
 
 
 def difference_lines(a: Catalog, a_name: str, b: Catalog, b_name: str) -> list[str]:
@@ -410,7 +349,6 @@ def difference_lines(a: Catalog, a_name: str, b: Catalog, b_name: str) -> list[s
         lines += [
             f"{level}: {one[level].key[:12]} and {other[level].key[:12]}",
             *(f"  {path}{f' ({MEANING[path]})' if path in MEANING else ''} {rest}" for path, _, rest in found),
-            *(f"  {line}" for line in _row_differences(one[level], other[level], inputs, sides)),
         ]
     if len(one) > 1 and len(other) > 1:
         lines += [
@@ -428,40 +366,18 @@ def _products_of(catalog: Catalog, name: str) -> dict[Level, Product]:
     return {product.level: product}
 
 
-def _row_differences(a: Product, b: Product, inputs: Sequence[KeyInputs], sides: Sequence[str]) -> list[str]:
-    """What a hash does not say: how many images (of one id, file name and size) and boxes (of one image and place) are
-    the same.
-    """
-    if not all(of.get("images") for of in inputs) or not (a.is_finished(TABLES) and b.is_finished(TABLES)):
-        return []
-    rows = {"images": [[product.table(name) for name in ("image_id", "image_hash")] for product in (a, b)]}
-    if "boxes" in inputs[0]:
-        rows["boxes"] = [
-            [*(np.repeat(column, np.diff(product.table("offset"))) for column in images), product.table("box")]
-            for product, images in zip((a, b), rows["images"], strict=True)
-        ]
-    lines = []
-    for what in (what for what in rows if inputs[0][what] != inputs[1][what]):
-        one, other = rows[what]
-        in_b, in_a = match_rows(one, other) >= 0, match_rows(other, one) >= 0
-        lone = [f"{int((~found).sum()):,d} only {side} has" for found, side in zip((in_b, in_a), sides, strict=True)]
-        lines.append(f"{what}: {int(in_b.sum()):,d} are the same, {lone[0]}, {lone[1]}")
-    return lines
-
-
 # --- gc ---
 
 
 def garbage_lines(garbage: Garbage) -> list[str]:
     """What could be deleted, by kind."""
     lines = []
-    for head, entries in {
-        "no set and no run uses": garbage.unused,
-        "not finished, or begun with what is not: an extraction may be running, or was killed and can go on": garbage.unfinished,  # noqa: E501
-    }.items():
-        rows = [(*_cells(entry, entries), f"{age(time.time() - entry.touched)} ago") for entry in entries]
+    for head, entries in (
+        ("no set and no run uses", garbage.unused),
+        ("not finished, or begun with what is not: an extraction may be running, or can go on", garbage.unfinished),
+    ):
         if entries:
-            lines += [head, *(f"  {line}" for line in table_lines((*HEAD, "last written"), rows, NUMBERS))]
+            lines += [head, *(f"  {line}" for line in table_lines(HEAD, [*map(_cells, entries)], NUMBERS))]
     if garbage.partial:
         total = size(sum(garbage.partial.values()))
         lines.append(f"half-written by processes that are dead: {counted(len(garbage.partial), 'file')}, {total}")

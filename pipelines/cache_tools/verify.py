@@ -7,20 +7,20 @@ unfinished.
 anew, pictures or a CLIP that are not those of then.
 """
 
+import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hdovd.cache.catalog import Catalog, FeatureSet, group_objects, is_tar_form
+from hdovd.cache.catalog import FeatureSet, group_objects, is_tar_form
 from hdovd.cache.identity import require_same
 from hdovd.cache.picture_files import known_files
-from hdovd.cache.product import Product, record_name
-from hdovd.cache.rows import open_rows
+from hdovd.cache.product import Product, record_of
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import DEFAULT_SET, INDEX, TABLES, TAR_META, Level
 from hdovd.cache.store import open_folder
 from hdovd.cache.tar_shards import TarShards
@@ -40,11 +40,10 @@ from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig, settings_of
 from hdovd.pipelines.common.console import progress, size
-from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.embedders import Embedder, Pictures, embedders_of
 from hdovd.pipelines.extraction.config import LabelChoice, recipe_of
 from hdovd.pipelines.extraction.identities import image_hash, picture_hashes
-from hdovd.pipelines.teachers.base import TEACHERS, Activation, Teacher
+from hdovd.pipelines.teachers.base import TEACHERS, Teacher
 from hdovd.pipelines.teachers.prompts import read_templates, shipped_templates
 
 LEAST_COSINE = 0.99
@@ -52,19 +51,13 @@ BATCH_ROWS = 64
 GONE = ImageBoxes(-1, "", 1, 1, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-@dataclass(slots=True)
-class CheckReport:
-    findings: list[Finding] = field(default_factory=list)
-    checked: Checked = field(default_factory=Checked)
-    sampled: dict[tuple[Level, str], np.ndarray] = field(default_factory=dict)  # cosines with the cache, by product
-
-    def add(self, findings: Sequence[Finding]) -> None:
-        """Keep and tell them."""
-        self.findings += findings
-        log(*map(str, findings))
+def _tell(report: Checked, findings: Sequence[Finding]) -> None:
+    """Keep and print them."""
+    report.findings += findings
+    log(*map(str, findings))
 
 
-def _sample(config: CheckConfig, features: FeatureSet, split: Split, clip: Teacher, report: CheckReport) -> None:
+def _sample(config: CheckConfig, features: FeatureSet, split: Split, clip: Teacher, report: Checked) -> None:
     """Encode rows of the image and the instance level again; what is below LEAST_COSINE is a finding.
 
     What was found already, and products that were sampled for another set, are left out. Raises HdovdError if the CLIP
@@ -82,12 +75,11 @@ def _sample(config: CheckConfig, features: FeatureSet, split: Split, clip: Teach
         embedder = _embedder(product, split, clip)
         sound = [np.arange(*product.rows_of(part)) for part in range(product.parts) if part not in known]
         left = np.concatenate([np.arange(0), *sound])
-        random = np.random.default_rng(config.seed)
-        chosen = np.sort(left[random.choice(len(left), min(config.sample, len(left)), replace=False)])
+        chosen = np.random.default_rng(config.seed).choice(len(left), min(config.sample, len(left)), replace=False)
         if not len(chosen):
             log(f"sample of {name}: left out, none of its rows is sound")
             continue
-        rows, cosines, problems = _cosines(product, embedder, chosen)
+        rows, cosines, problems = _cosines(product, embedder, np.sort(left[chosen]))
         if problems:
             log(f"sample of {name}: {len(problems)} images could not be encoded again: {shorten([*problems], 4)}")
         if not len(rows):
@@ -99,7 +91,18 @@ def _sample(config: CheckConfig, features: FeatureSet, split: Split, clip: Teach
             f"sample of {name}: {len(rows):,d} rows encoded again, cosine min {cosines.min():.4f}, mean "
             f"{cosines.mean():.4f}"
         )
-        report.add(_findings(product, rows, cosines))
+        low, parts = cosines < LEAST_COSINE, rows // product.part_rows
+        for part in np.unique(parts[low]).tolist():
+            mine = low & (parts == part)
+            finding = Finding(
+                f"{product.prefix}/{product.row_objects(part)['embedding']}",
+                f"a cosine of {LEAST_COSINE} or more with the CLIP's answer",
+                f"{cosines[mine].min():.4f} at the least",
+                (level, key),
+                part,
+                name_rows(product, rows[mine]),
+            )
+            _tell(report, [finding])
 
 
 def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
@@ -111,69 +114,44 @@ def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
     inputs, table = product.key_inputs, product.table
     by_id = {image.id: image for image in split.images}
     images = [by_id.get(image_id, GONE) for image_id in table("image_id").tolist()]
-    on_boxes = product.level is Level.INSTANCE
-    offset, box = (table("offset"), table("box")) if on_boxes else (np.zeros(1), np.zeros((0, 4)))
+    offset, box = np.zeros(1), np.zeros((0, 4))
+    if product.level is Level.INSTANCE:
+        offset, box = table("offset"), table("box")
     pictures = Pictures(images, split.path, offset, box, split.exif)
-    if "weights_sha256" in inputs["clip"]:  # before what only that CLIP may be able to do
-        _refuse_others(product, {"clip": {**teacher.identity, "compute_dtype": inputs["clip"].get("compute_dtype")}})
     embedder = embedders_of(teacher, pictures, recipe_of(inputs))[product.level]
     if "weights_sha256" in inputs["clip"]:
-        _refuse_others(product, embedder.inputs())
+        clip = {**teacher.identity, "compute_dtype": inputs["clip"].get("compute_dtype")}
+        have = {"clip": clip, **embedder.inputs()}
+        require_same(
+            {name: inputs[name] for name in have if name in inputs},
+            have,
+            f"{product.folder.url}: {product} was made by another CLIP",
+            "Give the one that it was made with: --clip, --pretrained.",
+            sides=("the cache has", "the CLIP named has"),
+        )
     return embedder
-
-
-def _refuse_others(product: Product, have: dict[str, Any]) -> None:
-    require_same(
-        {name: product.key_inputs[name] for name in have if name in product.key_inputs},
-        have,
-        f"{product.folder.url}: {product} was made by another CLIP",
-        "Give the one that it was made with: --clip, --pretrained.",
-        sides=("the cache has", "the CLIP named has"),
-    )
 
 
 def _cosines(product: Product, embedder: Embedder, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """The rows that could be encoded again, their cosines with the cache, and why others could not."""
-    stored, problems = (
-        open_rows(product, "embedding", parts={int(part) for part in rows // product.part_rows}),
-        list[str](),
-    )
+    stored = Rows(product, "embedding", parts={int(part) for part in rows // product.part_rows})
     have = np.array([stored.read(int(row), int(row) + 1)[0] for row in rows], np.float64)
-    labels = product.table("image_hash")
     usable = np.asarray(have.any(axis=1))  # zeros: the picture could not be read then either
-    number, image_id = embedder.images_of(rows), product.table("image_id")
-    known = {
-        (int(file["image_id"]), int(file["label"])) for file in known_files(product)
-    }  # by their contents, whatever they are called
-    for n in np.unique(number):
-        named = image_hash(embedder.pictures.images[n]) == labels[n] or (int(image_id[n]), int(labels[n])) in known
-        if not named and usable[number == n].any():
-            problems.append(f"image {image_id[n]} has another name or size in the annotations, or is not there")
-            usable[number == n] = False
+    image_id, number = product.table("image_id"), embedder.images_of(rows)
+    known = {*zip(*(known_files(product)[name].tolist() for name in ("image_id", "label")), strict=True)}
+    labels = zip(embedder.pictures.images, product.table("image_hash").tolist(), strict=True)
+    same = np.array(  # by its name, or by its contents, whatever it is called
+        [label == image_hash(image) or (image.id, label) in known for image, label in labels], bool
+    )
+    other = np.unique(image_id[number[usable & ~same[number]]]).tolist()
+    problems = [f"image {image} has another name or size in the annotations, or is not there" for image in other]
+    usable &= same[number]
     batches, new = embedder.groups(rows[usable], BATCH_ROWS), np.zeros(have.shape)
     new[usable], unread = embedder.embed(progress(batches, f"sample of {product.level}", "batch"))
     problems += [f"image {image}: {problem}" for image, problem in unread.items()]
     usable &= ~np.isin(image_id[number], [*unread])
     rows, have, new = rows[usable], have[usable], new[usable]
     return rows, (new * have).sum(axis=1) / np.linalg.norm(new, axis=1) / np.linalg.norm(have, axis=1), problems
-
-
-def _findings(product: Product, rows: np.ndarray, cosines: np.ndarray) -> list[Finding]:
-    """One a part."""
-    low, found = cosines < LEAST_COSINE, list[Finding]()
-    for part in np.unique(rows[low] // product.part_rows).tolist():
-        mine = low & (rows // product.part_rows == part)
-        found.append(
-            Finding(
-                f"{product.prefix}/{product.row_objects(part)['embedding']}",
-                f"a cosine of {LEAST_COSINE} or more with the CLIP's answer",
-                f"{cosines[mine].min():.4f} at the least",
-                (product.level, product.key),
-                part,
-                name_rows(product, rows[mine]),
-            )
-        )
-    return found
 
 
 OPTIONS = (
@@ -194,14 +172,14 @@ OPTIONS = (
 )  # of extract-clip, as a set's `made_from` names them
 
 
-def check_cache(config: CheckConfig, teacher: Teacher | None = None) -> CheckReport:
+def check_cache(config: CheckConfig, teacher: Teacher | None = None) -> Checked:
     """Check a cache or a folder of tar shards; with `repair`, mark what is damaged as missing. Raises HdovdError for
     bad input.
 
     `teacher`: another model than the CLIP that a set names, for `sample`.
     """
     config.check()
-    report = CheckReport()
+    report = Checked()
     if is_tar_form(config.cache):
         _check_shards(config, report)
         advice = "export or copy these shards again"
@@ -215,52 +193,42 @@ def check_cache(config: CheckConfig, teacher: Teacher | None = None) -> CheckRep
     return report
 
 
-def _check_folder(config: CheckConfig, report: CheckReport, teacher: Teacher | None) -> None:
-    folder, checked = open_folder(config.cache), report.checked
-    there = product_names(folder)
-    try:
-        Catalog(config.cache)
-    except HdovdError as error:  # a cache whose root is damaged is one
-        if (error.__cause__ is None and folder.exists("zarr.json")) or not there:
-            raise
+def _check_folder(config: CheckConfig, report: Checked, teacher: Teacher | None) -> None:
+    folder = open_folder(config.cache)
     sets, more = check_records(folder)
-    known = {*(f"sets/{name}.json" for name in sets), *(finding.place for finding in more)}
-    if config.features is not None and f"sets/{config.features}.json" not in known:
+    if config.features is not None and not folder.exists(f"sets/{config.features}.json"):
         raise HdovdError(
             f"{config.cache} has no set of features named {config.features}; it has {', '.join(sets) or 'none'}"
         )
-    report.add(more)
-    readable = len(sets) == len(folder.sizes("sets")) and not any(f.place in group_objects() for f in report.findings)
+    _tell(report, more)
     looked_at = {name: features for name, features in sets.items() if config.features in (None, name)}
     needed = {product: f"set {name}" for name, features in looked_at.items() for product in features.levels.items()}
-    wanted = list(needed) if config.features is not None else list(dict.fromkeys([*there, *needed]))
-    sizes = {name: size for level, key in wanted for name, size in folder.sizes(f"{level}/{key}").items()}
-    with progress(None, "verify", "B", total=sum(size for name, size in sizes.items() if "/parts/" not in name)) as bar:
+    wanted = list(dict.fromkeys([*(product_names(folder) if config.features is None else ()), *needed]))
+    total = sum(sum(folder.sizes(f"{level}/{key}").values()) for level, key in wanted)
+    with progress(None, "verify", "B", total=total) as bar:
         bar.unit_scale = True
         for product in wanted:
-            findings = ProductCheck(folder, product, needed.get(product, ""), checked, bar.update).run()
-            if findings:
-                bar.clear()
-            report.add(findings)
+            findings = ProductCheck(folder, product, needed.get(product, ""), report, bar.update).run()
+            bar.clear()
+            _tell(report, findings)
     for name, features in looked_at.items():
-        if readable and not any(f.product in set(features.levels.items()) for f in report.findings):
-            report.add(check_set(folder, name, features))
-    load = lru_cache(_load_clip) if teacher is None else lambda *_: teacher  # sets of one CLIP share it
+        if not any(finding.product in (None, *features.levels.items()) for finding in report.findings):
+            _tell(report, check_set(folder, name, features))
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
-        _check_pictures(config, name, features, report, load)
+        _check_pictures(config, name, features, report, teacher)
     log(
-        *(f"not finished, which is no fault: {line}" for line in checked.unfinished),
+        *(f"not finished, which is no fault: {line}" for line in report.unfinished),
         *(
             f"no checksum: {line} was written by an older version; what it says was not checked"
             for line in unsealed_records(folder)
         ),
-        f"checked {counted(checked.products, 'product')}: {checked.objects:,d} objects of {size(checked.bytes)} by "
-        f"size and checksum, {checked.rows:,d} rows in {checked.parts:,d} parts by value",
+        f"checked {counted(report.products, 'product')}: {size(report.bytes)} by checksum, and the rows of "
+        f"{counted(report.parts, 'part')} by value",
     )
 
 
 def _check_pictures(
-    config: CheckConfig, name: str, features: FeatureSet, report: CheckReport, load: Callable[..., Teacher]
+    config: CheckConfig, name: str, features: FeatureSet, report: Checked, teacher: Teacher | None
 ) -> None:
     """Pictures whose files are not those that a set was made from, and a sample of its rows; nothing of products that
     are damaged.
@@ -272,11 +240,15 @@ def _check_pictures(
             "run because a cache names it. Leave --sample out"
         )
     try:
-        protocol = load_protocol(settings.protocol)
         with quiet():
-            split = settings.data.load("train2017", protocol, base_only=True, exif=settings.exif)
-        clip = settings.clip, settings.pretrained, settings.device, settings.precision, settings.activation
-        teacher = load(*clip) if config.sample else None
+            split = settings.data.load(
+                "train2017", load_protocol(settings.protocol), base_only=True, exif=settings.exif
+            )
+        if config.sample and teacher is None:
+            from hdovd.pipelines.teachers.openclip import load_clip
+
+            compute = {name: getattr(settings, name) for name in ("device", "precision", "activation")}
+            teacher = load_clip(settings.clip, settings.pretrained, **compute)
     except HdovdError as error:
         raise HdovdError(
             f"{error}\nSet {name} was made from this. If it lies elsewhere now, say where: --data (or --images, "
@@ -285,20 +257,22 @@ def _check_pictures(
     damaged = {finding.product for finding in report.findings}
     sound = [Product(folder, *product) for product in features.levels.items() if product not in damaged]
     if changed := picture_hashes(split, sound).changed:
-        found = f"{len(changed)} of another content, which extract-clip embeds again"
-        where = f"images {shorten([*changed])}"
-        report.add([Finding(str(split.folder), f"the pictures that set {name} was made from", found, where=where)])
-    if teacher is not None:
+        _tell(
+            report,
+            [
+                Finding(
+                    str(split.folder),
+                    f"the pictures that set {name} was made from",
+                    f"{len(changed)} of another content, which extract-clip embeds again",
+                    where=f"images {shorten(changed)}",
+                )
+            ],
+        )
+    if config.sample and teacher is not None:
         _sample(config, features, split, teacher, report)
 
 
-def _load_clip(clip: str, pretrained: str | None, device: str, precision: Precision, activation: Activation) -> Teacher:
-    from hdovd.pipelines.teachers.openclip import load_clip
-
-    return load_clip(clip, pretrained, device=device, precision=precision, activation=activation)
-
-
-def _check_shards(config: CheckConfig, report: CheckReport) -> None:
+def _check_shards(config: CheckConfig, report: Checked) -> None:
     """A folder of tar shards: what it holds besides them, and each shard whole."""
     shards = TarShards(config.cache, whole=False)
     checks = [
@@ -309,7 +283,7 @@ def _check_shards(config: CheckConfig, report: CheckReport) -> None:
         try:
             check()
         except HdovdError as error:
-            report.add([Finding(place, "what was exported", str(error))])
+            _tell(report, [Finding(place, "what was exported", str(error))])
     log(
         f"checked {counted(len(shards.numbers), 'tar shard')} of {shards.images:,d} images: every file, by checksum "
         f"and by value"
@@ -320,77 +294,72 @@ def _mark_missing(config: CheckConfig, findings: Sequence[Finding]) -> None:
     """Delete records of damaged parts and metadata, and damaged sets: all else takes them for not made yet. Says what
     makes them again.
     """
-    folder, groups, gone = open_folder(config.cache), group_objects(), dict[str, None]()
+    folder, groups = open_folder(config.cache), group_objects()
     sets, _ = check_records(folder)
-    for finding in findings:
-        if finding.place in groups:
-            folder.write(finding.place, groups[finding.place])
-            log(f"wrote {finding.place}")
-        elif finding.product is None:
-            if finding.place.startswith("sets/") and finding.place.endswith(".json"):
-                gone[finding.place] = None
-        elif finding.part is None:
-            folder.delete(finding.place)
-            log(f"deleted {finding.place}")
-        else:
-            level, key = finding.product
-            metadata = f"{level}/{key}/zarr.json"
-            gone[metadata if finding.place == metadata else record_name(f"{level}/{key}", finding.part)] = None
-    for name in gone:
+    broken = [finding.place for finding in findings if finding.place in groups]
+    extra = [finding.place for finding in findings if finding.product is not None and finding.part is None]
+    lost = [name for name in (finding.place for finding in findings) if re.fullmatch(r"sets/.+\.json", name)]
+    gone = [*lost, *dict.fromkeys(filter(None, map(_record_to_delete, findings)))]
+    for name in broken:
+        folder.write(name, groups[name])
+    for name in (*extra, *gone):
         folder.delete(name)
-        log(f"marked as missing: {name}")
+    log(
+        *(f"wrote {name}" for name in broken),
+        *(f"deleted {name}" for name in extra),
+        *(f"marked as missing: {name}" for name in gone),
+    )
     if not gone:
         return
     damaged = {finding.product for finding in findings if not str(finding.part).startswith(INDEX)}
-    again = {name: features for name, features in sets.items() if damaged & features.levels.items()}
     commands = [
-        *(_command(config.cache, name, features) for name, features in again.items()),
-        *[f"hdovd cache index {shlex.quote(str(config.cache))}"] * any(f"/{INDEX}" in name for name in gone),
-        *(f"the hdovd extract-clip command of set {name[5:-5]}" for name in gone if name.startswith("sets/")),
-    ]
-    log(
-        f"{counted(len(gone), 'object')} marked as missing; "
-        + (
-            "now run, to make them again:" if commands else "no set uses them: hdovd cache gc deletes what nothing uses"
+        *(
+            extract_command(config.cache, name, of.made_from)
+            for name, of in sets.items()
+            if damaged & of.levels.items()
         ),
-        *(f"  {command}" for command in commands),
-    )
+        *[f"hdovd cache index {shlex.quote(str(config.cache))}"] * any(f"/{INDEX}" in name for name in gone),
+        *(f"the hdovd extract-clip command of set {name[5:-5]}" for name in lost),
+    ]
+    what = "now run, to make them again:" if commands else "no set uses them: hdovd cache gc deletes what nothing uses"
+    log(f"{counted(len(gone), 'object')} marked as missing; {what}", *(f"  {command}" for command in commands))
 
 
-def _command(cache: Path | str, name: str, features: FeatureSet) -> str:
-    """The command that makes a set again, or which it was where the set does not say, or not soundly."""
-    if not features.made_from:
+def _record_to_delete(finding: Finding) -> str | None:
+    """The object without which a damaged part counts as missing: damaged metadata themselves, or its record."""
+    if finding.product is None or finding.part is None:
+        return None
+    prefix = "/".join(finding.product)
+    return finding.place if finding.place == f"{prefix}/zarr.json" else f"{prefix}/{record_of(finding.part)}"
+
+
+def extract_command(cache: Path | str, name: str, made_from: Mapping[str, Any]) -> str:
+    """The command that makes what a set lacks, with FILE where it had prompts of its own; or which it was, where the
+    set does not say, or not soundly.
+    """
+    if not made_from:
         return f"the hdovd cache import command of set {name}"
     try:
-        return extract_command(cache, name, features.made_from)
+        return shlex.join(["hdovd", "extract-clip", "--cache", str(cache), *_options(name, made_from)])
     except (KeyError, TypeError, AttributeError):
         return f"the hdovd extract-clip command of set {name}"
 
 
-def extract_command(cache: Path | str, name: str, made_from: Mapping[str, Any]) -> str:
-    """The `hdovd extract-clip` command that makes what a set lacks; FILE where it had prompts of its own."""
-    data = made_from["data"]
+def _options(name: str, made_from: Mapping[str, Any]) -> list[str]:
+    data, dense, crop = made_from["data"], made_from.get("dense"), made_from.get("crop")
     shipped = [one for one in shipped_templates() if read_templates(one) == tuple(made_from["templates"])]
     given = {
-        "cache": cache,
         "data": data["root"],
         "images": data["images"],
         "annotations": data["annotations"],
         **{option: made_from.get(option) for option in OPTIONS},
         "templates": [*shipped, "FILE"][0],
         "features": None if name == DEFAULT_SET else name,
+        **({"instance_teacher": "dense", "dense_side": dense["side"]} if dense else {}),
+        **({"crop": crop["shape"], "crop_scales": ",".join(map(str, crop["scales"]))} if crop else {}),
     }
-    if "dense" in made_from:
-        given |= {"instance_teacher": "dense", "dense_side": made_from["dense"]["side"]}
-    if "crop" in made_from:
-        given |= {"crop": made_from["crop"]["shape"], "crop_scales": ",".join(map(str, made_from["crop"]["scales"]))}
     if made_from.get("nouns") or made_from.get("vocabulary"):  # sets of before there was a choice do not say it
         rule = {"choice": str(LabelChoice.MENTIONED)} | made_from.get("labels", {})
         given |= {f"label_{name}": value for name, value in rule.items()}  # top_k, temperature
-    words = [
-        word
-        for option, value in given.items()
-        if value is not None
-        for word in (f"--{option.replace('_', '-')}", str(value))
-    ]
-    return shlex.join(["hdovd", "extract-clip", *words])
+    told = {f"--{option.replace('_', '-')}": str(value) for option, value in given.items() if value is not None}
+    return [word for pair in told.items() for word in pair]

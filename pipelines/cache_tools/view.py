@@ -8,12 +8,13 @@ stands below it. D embedding size.
 import random
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import Level, Source
@@ -191,12 +192,11 @@ def _labels(
     """
     if Level.NOUN not in cache.levels():
         return [((), None)] * len(crops)
-    names, found = cache.names(Level.NOUN), list[tuple[tuple[Likeness, ...], float | None]]()
-    several = rows.top_noun.shape[1] > 0
-    nouns = rows.top_noun if several else rows.noun[:, None]
-    shares: np.ndarray = rows.top_weight if several else np.ones(nouns.shape, np.float32)
-    used = np.unique(nouns[nouns >= 0])
-    texts = dict(zip(used.tolist(), normalised_rows(cache.embeddings(Level.NOUN)[used]), strict=True))
+    names, texts = cache.names(Level.NOUN), normalised_rows(cache.embeddings(Level.NOUN))
+    nouns, shares = rows.noun[:, None], np.ones((len(crops), 1), np.float32)
+    if rows.top_noun.shape[1]:
+        nouns, shares = rows.top_noun, rows.top_weight
+    found = list[tuple[tuple[Likeness, ...], float | None]]()
     for crop, row_nouns, row_shares in zip(crops, nouns.tolist(), shares.tolist(), strict=True):
         made_of = [pair for pair in zip(row_nouns, row_shares, strict=True) if pair[0] >= 0]
         u = np.sum([texts[noun] * share for noun, share in made_of], axis=0)
@@ -239,7 +239,6 @@ def names_and_cosines(found: Sequence[Likeness], novel: Collection[str]) -> str:
     return ", ".join(f"{marked(one.name, novel)} {one.cosine:.2f}" for one in found)
 
 
-NEAR_IDS = 6  # named where an image is not there
 STRONG, WEAK = (240, 95, 0), (255, 222, 178)  # of proposals, whatever their class: not the colour of novel ones
 INK, PAPER, GONE = (25, 25, 28), (255, 255, 255), (120, 120, 124)
 LONG_SIDE = 1_000  # of the picture on the sheet, pixels
@@ -263,15 +262,15 @@ def view_images(config: ViewConfig) -> list[Path]:
         )
     images, files = {image.id: image for image in split.images}, []
     for image in (images[image_id] for image_id in ids):
-        path, problem, picture = split.path(image), "", None
+        path, picture = split.path(image), None
         view = gather_view(cache, image.id, image, names=protocol.names, file=path, reliability=reliability)
-        log(*view_lines(view, protocol.novel))
         try:
             picture = read_image(path, image.width, image.height, exif=split.exif)
         except HdovdError as error:  # the extraction could not read it either: its boxes are still to be seen
-            problem = f"the picture cannot be read: {error}"
+            view = replace(view, notes=(*view.notes, f"the picture cannot be read: {error}"))
+        log(*view_lines(view, protocol.novel))
         files.append(config.out if config.out.suffix else config.out / f"{image.id}.png")
-        write_picture(files[-1], draw_view(view, picture, protocol.novel, problem), "PNG")
+        write_picture(files[-1], draw_view(view, picture, protocol.novel), "PNG")
         log(f"wrote {files[-1]}")
     return files
 
@@ -292,13 +291,11 @@ def chosen_images(cache: FeatureCache, asked: Sequence[str], seed: int = 0) -> l
                 f"--image {word}: expected an image id, such as {there[0]}, or random:N; several with commas between"
             )
         elif int(word) not in known:
-            near = sorted(sorted(there, key=lambda other: abs(other - int(word)))[:NEAR_IDS])
             skipped = [why for why, ids in cache.set.skipped.items() if why.startswith("image") and int(word) in ids]
             why = f"it was skipped: {skipped[0]}" if skipped else "only images with a base box are in a cache"
             raise HdovdError(
                 f"{cache.url} does not have image {word} ({why}). It has {len(there):,d} images, "
-                f"ids {min(there)} to {max(there)}; the nearest ids are {', '.join(map(str, near))}. --image random "
-                f"shows any"
+                f"ids {min(there)} to {max(there)}; --image random shows any"
             )
         else:
             ids.append(int(word))
@@ -328,15 +325,13 @@ def _cells(view: CacheView, novel: Collection[str]) -> list[tuple[str, ...]]:
         ("#", "", "name", "cosine", "weight", "score", "box: left, top, right, bottom", "nearest class names")
     ]
     for number, row in enumerate(view.rows, 1):
-        name = marked(row.name, novel) if row.name else "-"
-        if len(row.nouns) > 1:
-            name = ", ".join(f"{marked(noun.name, novel)} {noun.share:.0%}" for noun in row.nouns)
+        nouns = [f"{marked(noun.name, novel)} {noun.share:.0%}" for noun in row.nouns]
         numbers = ("-" if value is None else f"{value:.2f}" for value in (row.cosine, row.weight, row.score))
         cells.append(
             (
                 str(number),
                 "base" if row.source is Source.BASE_BOX else "proposal",
-                name,
+                ", ".join(nouns) if len(nouns) > 1 else marked(row.name, novel) or "-",
                 *numbers,
                 ", ".join(f"{v:.0f}" for v in row.box),
                 names_and_cosines(row.nearest, novel) or "-",
@@ -352,28 +347,22 @@ def _foot(view: CacheView, novel: Collection[str]) -> list[str]:
     return star + [f"note: {note}" for note in view.notes]
 
 
-def draw_view(
-    view: CacheView, picture: Image.Image | None, novel: Collection[str] = (), problem: str = ""
-) -> Image.Image:
-    """A sheet with the picture above and the table below. `picture`: None is drawn grey, and `problem` says why."""
+def draw_view(view: CacheView, picture: Image.Image | None, novel: Collection[str] = ()) -> Image.Image:
+    """A sheet with the picture above and the table below. `picture`: None is drawn grey."""
     width, height = picture.size if picture else view.size or (1, 1)
     scale = LONG_SIDE / max(width, height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    ground = picture.resize(size, Image.Resampling.LANCZOS) if picture else Image.new("RGB", size, GONE)
     most = None if view.reliability is None else view.reliability.scale
-    order = sorted(
-        range(len(view.rows)), key=lambda k: (view.rows[k].source is not Source.BASE_BOX, -(view.rows[k].weight or 0.0))
-    )
     boxes = []
-    for k in order:  # what counts most is on top
-        left, top, right, bottom = (v * scale for v in view.rows[k].box)
-        boxes.append(Labelled((left, top, right, bottom), str(k + 1), row_colour(view.rows[k], most)))
-    canvas = Image.new("RGB", (LONG_SIDE, ground.height), PAPER)  # as wide as the table, so that nothing is enlarged
-    canvas.paste(ground, (0, 0))
-    table = _draw_table(view, novel, problem)
-    sheet = Image.new("RGB", (table.width, canvas.height + table.height), PAPER)
+    for k, row in sorted(  # what counts most is on top
+        enumerate(view.rows, 1), key=lambda one: (one[1].source is not Source.BASE_BOX, -(one[1].weight or 0.0))
+    ):
+        left, top, right, bottom = (v * scale for v in row.box)
+        boxes.append(Labelled((left, top, right, bottom), str(k), row_colour(row, most)))
+    canvas = Image.new("RGB", (LONG_SIDE, size[1]), PAPER)  # as wide as the table, so that nothing is enlarged
+    canvas.paste(picture.resize(size, Image.Resampling.LANCZOS) if picture else GONE, (0, 0, *size))
+    sheet = ImageOps.expand(_draw_table(view, novel), (0, canvas.height, 0, 0), PAPER)  # above the table
     sheet.paste(draw_boxes(canvas, boxes), (0, 0))
-    sheet.paste(table, (0, canvas.height))
     return sheet
 
 
@@ -386,20 +375,18 @@ def row_colour(row: ViewRow, most: float | None) -> Colour:
     return red, green, blue
 
 
-def _draw_table(view: CacheView, novel: Collection[str], problem: str) -> Image.Image:
+def _draw_table(view: CacheView, novel: Collection[str]) -> Image.Image:
     """What `view_lines` says, in columns: letters are not equally wide here."""
-    above, below = _title(view, novel), [*([f"note: {problem}"] if problem else ()), *_foot(view, novel)]
     cells = [[cut_label(cell, WIDEST_COLUMN, SIZE) for cell in row] for row in _cells(view, novel)]
     columns = [
         max(label_font(cell, SIZE).getlength(cell) for cell in column) + GAP for column in zip(*cells, strict=True)
     ]
-    width = max(LONG_SIDE, round(sum(columns)) + 2 * MARGIN)
-    sheet = Image.new("RGB", (width, LINE * (len(above) + len(cells) + len(below)) + 2 * MARGIN), PAPER)
+    lefts = [*accumulate(columns, initial=float(MARGIN))]
+    rows = [[line] for line in _title(view, novel)] + cells + [[line] for line in _foot(view, novel)]
+    sheet = Image.new("RGB", (max(LONG_SIDE, round(lefts[-1]) + MARGIN), LINE * len(rows) + 2 * MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for number, row in enumerate([*([line] for line in above), *cells, *([line] for line in below)]):
-        left = float(MARGIN)
-        for cell, column in zip(row, columns if len(row) > 1 else [width - 2 * MARGIN], strict=True):
-            text = cut_label(cell, column, SIZE)
+    for number, row in enumerate(rows):
+        for left, cell in zip(lefts, row, strict=False):
+            text = cut_label(cell, sheet.width - MARGIN - left, SIZE)
             pen.text((left, MARGIN + LINE * number), text, fill=INK, font=label_font(text, SIZE))
-            left += column
     return sheet

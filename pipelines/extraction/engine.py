@@ -28,7 +28,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.picture_files import LATER, write_files
 from hdovd.cache.product import Product
-from hdovd.cache.rows import open_rows
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import (
     CHUNK_ROWS,
     IMAGE_PART_ROWS,
@@ -281,6 +281,7 @@ class Extraction:
         self.workers = workers_for(teacher.device, config.workers)
         self.done: list[Unit] = []  # by this process, pseudo labels too
         self._writers: dict[Level, ProductWriter] = {}
+        self._donors: dict[Level, Rows] = {}
         self.offered, self.base_names = None if nouns is None else nouns.by_image, base_names
         self.barred = None if nouns is None else barred_in(config.labels, nouns, split.images, base_names)
         self.bar: tqdm[Any] | None = None
@@ -437,7 +438,9 @@ class Extraction:
         if plan.reuse is not None and plan.donor is not None:
             reuse = plan.reuse[start:stop]
             rows.missing, there = reuse < 0, reuse[reuse >= 0]
-            donor = open_rows(plan.donor, "embedding", parts=plan.donor.finished(), checked=True)
+            if unit.level not in self._donors:
+                self._donors[unit.level] = Rows(plan.donor, "embedding", parts=plan.donor.finished(), checked=True)
+            donor = self._donors[unit.level]
             runs = np.split(there, np.flatnonzero(np.diff(there) != 1) + 1) if len(there) else []
             pieces = [donor.read(int(run[0]), int(run[-1]) + 1) for run in runs]
             rows.embedding[~rows.missing] = np.concatenate([empty[:0], *pieces])
@@ -450,7 +453,7 @@ class Extraction:
     def _pseudo_labels(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Of the rows of a part, from what the cache holds of its crops and of the nouns."""
         instances = self.product(Level.INSTANCE)
-        embeddings = open_rows(instances, "embedding", parts={start // instances.part_rows}).read(start, stop)
+        embeddings = Rows(instances, "embedding", parts={start // instances.part_rows}).read(start, stop)
         nouns, inputs = self.product(Level.NOUN).table("embedding"), self.plans[Level.PSEUDO_LABEL].inputs
         temperature = inputs.get("verdicts", {}).get("temperature", TEMPERATURE)
         return label_rows(

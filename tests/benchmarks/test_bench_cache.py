@@ -26,7 +26,6 @@ from bench_cache import (
     table,
 )
 
-from hdovd.cache import rows
 from hdovd.pipelines.dataloading.loader import pack
 
 BENCH = CacheBench(images=12, rows=7, dim=8, part_rows=16)  # images of 7 rows over parts of 16: some lie in two shards
@@ -78,16 +77,6 @@ def test_ratios_are_medians_within_rounds() -> None:
 @pytest.mark.parametrize("collate", [list, pack])
 def test_batches_from_workers(folder: Path, collate: Callable[[list[Any]], Any]) -> None:
     assert 0 < by_workers(open_layouts(folder, BENCH)[3], BENCH.ids, 1, collate) < 60
-
-
-def test_reads_that_ask_ahead_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if every read had waited for the disk."""
-    monkeypatch.setattr(rows, "SLOW_READ_S", -1.0)
-    asked = []
-    ask = rows.MappedRows._ask_for
-    monkeypatch.setattr(rows.MappedRows, "_ask_for", lambda self, *where: asked.append(where) or ask(self, *where))
-    check_same(open_layouts(folder, BENCH), BENCH.ids)
-    assert len(asked) > len(BENCH.ids)  # those in two shards twice
 
 
 def test_no_memory_limit_without_cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ import numpy as np
 import pytest
 
 from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
-from hdovd.cache.identity import key_of
 from hdovd.cache.picture_files import FILE, known_files, write_files
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.cache.store import LocalFolder
 from hdovd.cache.verify import Checked, ProductCheck, check_records, unsealed_records
+from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.cache_tools.listing import delete_garbage, find_garbage, inventory
 
@@ -223,14 +222,9 @@ def test_levels_of_other_numbers_of_rows_are_refused(root: Path) -> None:
 
 
 def test_a_product_of_very_many_missing_parts_is_told_shortly(root: Path) -> None:
-    old = product(root, Level.PSEUDO_LABEL)
-    tree = json.loads((old / "zarr.json").read_text())
-    tree["attributes"] |= {"rows": 90_000, "part_rows": 1}
-    tree["attributes"]["key"] = key = key_of(tree["attributes"]["key_inputs"] | {"more": 1})
-    tree["attributes"]["key_inputs"]["more"] = 1
-    shutil.copytree(old, old.with_name(key))
-    (old.with_name(key) / "zarr.json").write_text(json.dumps(tree))
-    found = ProductCheck(LocalFolder(root), (Level.PSEUDO_LABEL, key), "set default", Checked(), lambda _: None).run()
+    labels = Level.PSEUDO_LABEL
+    begun = ProductWriter.begin(LocalFolder(root), labels, {"more": 1}, rows=90_000, part_rows=1).product
+    found = ProductCheck(begun.folder, (labels, begun.key), "set default", Checked(), lambda _: None).run()
     assert 100 <= len(found) < 200
 
 

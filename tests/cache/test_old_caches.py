@@ -23,7 +23,7 @@ from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.rows import MappedRows, open_rows
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import ROW_ARRAYS, TABLE_ARRAYS, Level
 from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError
@@ -162,9 +162,7 @@ def test_the_committed_cache_opens(committed: Path) -> None:
 
 
 def test_the_committed_cache_is_mapped(committed: Path) -> None:
-    assert isinstance(
-        open_rows(Product(Catalog(committed).folder, Level.INSTANCE, KEYS[Level.INSTANCE]), "embedding"), MappedRows
-    )
+    assert Rows(Product(Catalog(committed).folder, Level.INSTANCE, KEYS[Level.INSTANCE]), "embedding").mapped
 
 
 def test_todays_writer_goes_on_where_the_committed_cache_ends(committed: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from store_contract import begin, contents, failing, ragged, write_parts
 from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 
 from hdovd.cache.product import Product
-from hdovd.cache.rows import MappedRows, ZarrRows, open_rows
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import CHUNK_ROWS, TABLE_ARRAYS, Level
 from hdovd.cache.store import LocalFolder
 from hdovd.core.errors import HdovdError
@@ -55,7 +55,7 @@ def test_what_is_written_is_read(new_folder: Any, counts: list[int], dim: int, p
         np.testing.assert_array_equal(product.table(name), arrays[name])
     plain: Any = zarr.open_group(folder.url, mode="r", path=product.prefix)
     np.testing.assert_array_equal(plain["embedding"][:], arrays["embedding"])
-    for rows in (open_rows(product, "embedding", mapped=True), open_rows(product, "embedding", mapped=False)):
+    for rows in (Rows(product, "embedding", mapped=True), Rows(product, "embedding", mapped=False)):
         for start, stop in _ranges(sum(counts), seed):
             found = rows.read(start, stop)
             assert found.dtype == np.float16
@@ -127,14 +127,14 @@ def test_what_plain_zarr_has_written_is_read_through_zarr(new_folder: Any, rows:
         **layout,
     )
     product = Product(folder, Level.INSTANCE, product.key)
-    found = open_rows(product, "embedding")
+    found = Rows(product, "embedding")
     for start, stop in _ranges(rows, 0):
         np.testing.assert_array_equal(found.read(start, stop), arrays["embedding"][start:stop])
     if how == "other shards" and rows <= 48:  # one shard is one part
         return
-    assert isinstance(found, ZarrRows)
+    assert not found.mapped
     with pytest.raises(HdovdError, match="cannot be mapped"):
-        open_rows(product, "embedding", mapped=True)
+        Rows(product, "embedding", mapped=True)
 
 
 @few
@@ -152,8 +152,8 @@ def test_chunks_out_of_order_are_read_through_zarr(new_folder: Any, order: list[
     folder.write(name, data + index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little"))
     plain: Any = zarr.open_group(folder.url, mode="r", path=product.prefix)
     np.testing.assert_array_equal(plain["embedding"][:], arrays["embedding"])
-    found = open_rows(product, "embedding")
-    assert isinstance(found, MappedRows if order == [0, 1, 2, 3] and not gap else ZarrRows)
+    found = Rows(product, "embedding")
+    assert found.mapped == (order == [0, 1, 2, 3] and not gap)
     for start, stop in _ranges(4 * CHUNK_ROWS, gap):
         np.testing.assert_array_equal(found.read(start, stop), arrays["embedding"][start:stop])
 
@@ -174,8 +174,8 @@ def test_damage_to_a_shards_index_is_an_error(
     folder.write(name, bytes(shard))
     for mapped in (None, False):
         with pytest.raises(HdovdError, match=r"embedding.*verify --repair"):
-            open_rows(product, "embedding", mapped=mapped).read(0, 10)
+            Rows(product, "embedding", mapped=mapped).read(0, 10)
     np.testing.assert_array_equal(
-        open_rows(product, "embedding", parts={1}).read(4 * CHUNK_ROWS, 4 * CHUNK_ROWS + 9),
+        Rows(product, "embedding", parts={1}).read(4 * CHUNK_ROWS, 4 * CHUNK_ROWS + 9),
         arrays["embedding"][4 * CHUNK_ROWS : 4 * CHUNK_ROWS + 9],
     )

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 import hdovd.cache.store
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.rows import open_rows
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import TABLE_ARRAYS, Level
 from hdovd.cache.store import open_folder
 from hdovd.core.errors import HdovdError
@@ -175,7 +175,7 @@ def test_dropped_connections_are_tried_again(s3: str, proxy: Proxy, tmp_path: Pa
     folder = open_folder(s3)
     product = write_parts(begin(folder, arrays), arrays)
     assert contents(folder) == contents(open_folder(tmp_path / "local"))
-    rows = open_rows(product, "embedding")
+    rows = Rows(product, "embedding")
     for start in range(0, 19, 3):
         np.testing.assert_array_equal(rows.read(start, 19), arrays["embedding"][start:])
     for name in TABLE_ARRAYS[Level.INSTANCE]:
@@ -210,7 +210,7 @@ def test_slow_answers_are_asked_for_again(s3: str, proxy: Proxy, monkeypatch: py
     proxy.wait_every, proxy.wait_s = 12, 0.8
     arrays = ragged((3, 0, 6))
     product = write_parts(begin(open_folder(s3), arrays), arrays)
-    np.testing.assert_array_equal(open_rows(product, "embedding").read(0, 9), arrays["embedding"])
+    np.testing.assert_array_equal(Rows(product, "embedding").read(0, 9), arrays["embedding"])
     assert proxy.waits > 3
 
 

@@ -95,8 +95,7 @@ def test_bad_input_says_what_there_is(
     ran = view(cache, "--image", far)
     assert ran.code == 1
     assert f"does not have image {far}" in ran.err
-    assert f"{len(kept)} images, ids {min(kept)} to {max(kept)}; the nearest ids are " in ran.err
-    assert str(max(kept)) in ran.err.split("nearest ids are ")[1]
+    assert f"{len(kept)} images, ids {min(kept)} to {max(kept)}; " in ran.err
     sets = copied_cache / "sets/default.json"
     tree = json.loads(sets.read_text())
     sets.write_text(json.dumps(sealed(tree | {"skipped": {"image with a side under 32 px": [far]}})))
@@ -201,5 +200,5 @@ def test_boxes_lie_where_they_are_whatever_the_picture(size: tuple[int, int]) ->
 
 def test_many_boxes_and_none() -> None:
     view = CacheView(7, None, (300, 200), tuple(_row(0.1, left=k) for k in range(150)), (), None, ("a note",) * 5)
-    sheet = draw_view(view, None, problem="gone")
+    sheet = draw_view(view, None)
     assert draw_view(replace(view, rows=()), None).height < sheet.height < 5_000

@@ -18,7 +18,7 @@ import zarr
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.rows import MappedRows, ZarrRows, open_rows
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import TABLE_ARRAYS, TABLES, Level
 from hdovd.cache.store import Folder, open_folder
 from hdovd.cache.writer import ProductWriter
@@ -222,8 +222,8 @@ class StoreContract:
         arrays = ragged(COUNTS)
         product = write_parts(begin(folder, arrays), arrays)
         for mapped in (None, False):
-            rows = open_rows(product, "embedding", mapped=mapped)
-            assert isinstance(rows, ZarrRows if mapped is False or folder.path("a") is None else MappedRows)
+            rows = Rows(product, "embedding", mapped=mapped)
+            assert rows.mapped == (mapped is None and folder.path("a") is not None)
             for copy in (rows, pickle.loads(pickle.dumps(rows))):
                 for start, stop in ((0, 19), (0, 0), (19, 19), (4, 8), (3, 9), (18, 19), (7, 7), (8, 12)):
                     np.testing.assert_array_equal(copy.read(start, stop), arrays["embedding"][start:stop])
@@ -232,7 +232,7 @@ class StoreContract:
             assert product.table(name).dtype == arrays[name].dtype
         if folder.path("a") is None:
             with pytest.raises(HdovdError, match="cannot be mapped: it is not on a local file system"):
-                open_rows(product, "embedding", mapped=True)
+                Rows(product, "embedding", mapped=True)
 
     @pytest.mark.parametrize("writes", [1, 10, 13])
     def test_a_broken_write_leaves_no_half_finished_part_and_goes_on(
@@ -261,8 +261,8 @@ class StoreContract:
         folder.delete(f"{product.prefix}/embedding/c/1/0")
         for mapped in (None, False):
             with pytest.raises(HdovdError, match=r"embedding/c/1/0.*verify --repair"):
-                open_rows(product, "embedding", mapped=mapped)
-            some = open_rows(product, "embedding", mapped=mapped, parts={0, 2})
+                Rows(product, "embedding", mapped=mapped)
+            some = Rows(product, "embedding", mapped=mapped, parts={0, 2})
             np.testing.assert_array_equal(some.read(1, 4), arrays["embedding"][1:4])
         folder.delete(f"{product.prefix}/box/c")
         folder.delete(f"{product.prefix}/offset/zarr.json")
@@ -277,7 +277,7 @@ class StoreContract:
             folder.write(f"{product.prefix}/{name}", folder.read(f"{product.prefix}/{name}")[:-9])
         for mapped in (None, False):
             with pytest.raises(HdovdError, match=r"embedding.*verify --repair"):
-                open_rows(product, "embedding", mapped=mapped).read(4, 6)
+                Rows(product, "embedding", mapped=mapped).read(4, 6)
         with pytest.raises(HdovdError, match=r"box.*verify --repair"):
             product.table("box")
 

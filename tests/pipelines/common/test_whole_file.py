@@ -206,7 +206,7 @@ ALLOWED = {
     "cache/store.py write": "the cache's own place: whole or absent, and safe beside other processes",
     "cache/store.py _link": "of it",
     "cache/hub.py _lay": "what was pulled, under its name when whole",
-    "cache/store.py lock": "a lock has no content",
+    "cache/store.py _lock": "a lock has no content",
     "cache/store.py is_stale": "opens what it locks",
     "pipelines/ablation/ablate.py _locked": "a lock has no content",
     "pipelines/runs/folder.py log": "a log that grows; its last line may be torn",

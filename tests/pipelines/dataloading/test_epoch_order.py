@@ -147,8 +147,8 @@ def test_the_cache_says_when_blocks_are_better(cache: Path, monkeypatch: pytest.
     assert not FeatureCache(cache, mapped=False).reads_best_in_blocks  # all of it is kept
     opened = FeatureCache(cache, mapped=False)
     opened.hold(Level.INSTANCE)
-    held = opened._row_array(Level.INSTANCE, "embedding")
-    assert isinstance(held, rows.ZarrRows)
+    held = opened._instances
+    assert not held.mapped
     monkeypatch.setattr(held, "_most", 0)
     assert opened.reads_best_in_blocks
 
@@ -161,7 +161,7 @@ def test_training_takes_it_where_blocks_are_better(
     data = TrainingSet(split, FeatureCache(cache, mapped=False), recipe)
     alone = Team(0, 1, torch.device("cpu"))
     plain, _ = batches_of(data, alone)
-    monkeypatch.setattr(rows.ZarrRows, "reads_best_in_blocks", True)
+    monkeypatch.setattr(rows.Rows, "reads_best_in_blocks", True)
     blocks, layout = batches_of(data, alone)
     assert len(plain) == len(blocks)
     assert (layout["streams"], layout["unit"], layout["images"]) == (1, recipe.train.batch_size, len(data))

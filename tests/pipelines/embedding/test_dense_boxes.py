@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.rows import open_rows
+from hdovd.cache.rows import Rows
 from hdovd.cache.schema import Level
 from hdovd.cli.main import app
 from hdovd.core.errors import HdovdError
@@ -59,7 +59,7 @@ def _instances(cache: Path) -> Product:
 
 def _rows(cache: Path) -> np.ndarray:
     product = _instances(cache)
-    return open_rows(product, "embedding", parts=set(range(product.parts))).read(0, product.rows)
+    return Rows(product, "embedding", parts=set(range(product.parts))).read(0, product.rows)
 
 
 def test_rows_are_those_of_each_picture_alone(unbroken: Path, world: Path, clip: str, kept: list[int]) -> None:
@@ -122,7 +122,7 @@ def test_new_proposals_extend_it(dense: Config, proposals: Path, tmp_path: Path,
     assert report.levels[Level.INSTANCE] == "extend"
     assert 0 < report.new_rows[Level.INSTANCE] < report.rows[Level.INSTANCE]
     product = next(p for p in Catalog(folder).products(Level.INSTANCE) if p.key == _instances(unbroken).key)
-    found = open_rows(product, "embedding", parts=set(range(product.parts))).read(0, product.rows)
+    found = Rows(product, "embedding", parts=set(range(product.parts))).read(0, product.rows)
     np.testing.assert_array_equal(found.view(np.uint16), _rows(unbroken).view(np.uint16))
 
 
