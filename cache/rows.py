@@ -91,7 +91,7 @@ class Rows:
         pieces = []
         for number in range(start // self._size, (stop - 1) // self._size + 1):
             first, last = max(0, start - number * self._size), min(stop - number * self._size, self._size)
-            pieces.append((self._of_part if self.mapped else self._decoded)(number)[first:last])
+            pieces.append(self._mapped(number, first, last) if self.mapped else self._decoded(number)[first:last])
         if len(pieces) > 1:
             return np.concatenate(pieces)
         return pieces[0] if self.mapped and not copy else pieces[0].copy()
@@ -101,9 +101,13 @@ class Rows:
         for file, _ in self._shards.values():
             file.madvise(mmap.MADV_DONTNEED)
 
-    def _of_part(self, part: int) -> np.ndarray:
+    def _mapped(self, part: int, first: int, last: int) -> np.ndarray:
+        """Rows of a part, asked for in one go: a map alone waits for the disk page by page."""
         self._require_sound(part)
-        return self._shards[part][1]
+        file, rows = self._shards[part]
+        begin = first * rows.strides[0] // mmap.PAGESIZE * mmap.PAGESIZE
+        file.madvise(mmap.MADV_WILLNEED, begin, last * rows.strides[0] - begin)
+        return rows[first:last]
 
     def _decode(self, chunk: int) -> np.ndarray:
         self._require_sound(chunk * self._size // self._product.part_rows)

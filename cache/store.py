@@ -11,6 +11,7 @@ workers may do the same part.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -317,9 +318,11 @@ def _link(partial: Path, target: Path) -> None:
     """Give a file its name unless that is taken. Raises FileExistsError."""
     try:
         os.link(partial, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        if target.exists():  # a file system without hard links
+            raise FileExistsError from error
         os.replace(partial, target)
 
 

@@ -77,10 +77,13 @@ def export_tars(config: ExportConfig) -> TarMeta:
     if len(todo) < writer.meta.shards:
         log(f"{config.out}: there already: {writer.meta.shards - len(todo)} of {writer.meta.shards} shards")
     with progress(None, "tar shards", "image", total=sum(len(writer.meta.places_of(number)) for number in todo)) as bar:
-        for number in todo:
-            images = [split.images[place] for place in writer.meta.places_of(number)]
-            writer.write(number, (_sample(cache, split, protocol, image, failed) for image in images))
-            bar.update(len(images))
+        for wait in (False, True):  # another export of the same may be at some of them
+            for number in unfinished_shards(writer.folder, todo):
+                with writer.folder.claim(f"{number:06d}.tar", wait=wait) as mine:
+                    if mine and unfinished_shards(writer.folder, [number]):
+                        images = (split.images[place] for place in writer.meta.places_of(number))
+                        writer.write(number, (_sample(cache, split, protocol, image, failed) for image in images))
+                        bar.update(len(writer.meta.places_of(number)))
     count, total = writer.meta.shards, size(sum(writer.folder.sizes("").values()))
     log(
         f"{config.out}: {writer.meta.images:,d} images in {counted(count, 'tar shard')}, {total}"
