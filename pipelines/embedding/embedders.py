@@ -10,7 +10,9 @@ Rows are counted from the level's first. open_clip is imported for dense boxes a
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from hdovd.cache.picture_files import PictureFile
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log
 from hdovd.core.picture_header import told
 from hdovd.data.coco import Exif, ImageBoxes
 from hdovd.pipelines.common.images import read_annotated
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 DEFAULT_SIDES = 3  # of a dense teacher, of the crop input: 672 pixels where that has 224
 GPU_THREADS = 2  # one batch on its way to the GPU and back while another is computed
 PICTURES_KEPT = 4  # and one a thread: the boxes of a picture may go on in the next batch, which another thread is at
+SHARED_MEMORY = Path("/dev/shm")
 A = TypeVar("A")
 B = TypeVar("B")
 NO_FILE = PictureFile(b"", b"", 0, 0)  # of a picture in memory
@@ -380,7 +384,7 @@ def embed(
     def answer(level: Level, batch: Batch) -> Embedded:
         return embedders[level].encode(batch), batch.problems, batch.files
 
-    on_gpu = device.type == "cuda"
+    on_gpu, workers = device.type == "cuda", _that_fit(workers, first, embedders[first.level].input_size)
     threads = GPU_THREADS if on_gpu and workers else torch.get_num_threads()
     picture = read_picture if workers else lru_cache(threads + PICTURES_KEPT)(read_picture)
     batches = _Batches({level: Cutter(e.fit, e.input_size, picture) for level, e in embedders.items()})
@@ -392,6 +396,18 @@ def embed(
             yield from in_order(pool, lambda w: answer(*batches[w]), wanted, 2 * threads)
 
 
+def _that_fit(workers: int, wanted: Wanted, input_size: tuple[int, int]) -> int:
+    """As many workers as shared memory has room for, two batches each: containers often have little of it."""
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
+    fit = free // (2 * wanted.size * 3 * math.prod(input_size))
+    if fit < workers:
+        log(
+            f"--workers {workers}: {SHARED_MEMORY} has room for the batches of {int(fit)} (docker run --shm-size 16g "
+            f"gives it more)"
+        )
+    return int(min(fit, workers))
+
+
 def _made(loader: Iterable[A]) -> Iterator[A]:
     """What workers make. Raises HdovdError if one of them dies."""
     try:
@@ -400,8 +416,8 @@ def _made(loader: Iterable[A]) -> Iterator[A]:
         if "DataLoader worker" not in str(error):
             raise
         raise HdovdError(
-            f"{str(error).splitlines()[0].rstrip('. ')}. Out of memory, or of shared memory (docker run --shm-size "
-            f"16g)? Fewer --workers or a smaller --batch need less. What is finished is kept: the same command goes on"
+            f"{str(error).splitlines()[0].rstrip('. ')}. Out of memory? Fewer --workers or a smaller --batch need "
+            f"less. What is finished is kept: the same command goes on"
         ) from error
 
 

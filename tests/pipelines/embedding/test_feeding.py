@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.common.device import workers_for
 from hdovd.pipelines.embedding.embedders import Batch, CropJob, Wanted, embed, in_order, own_threads
@@ -138,9 +140,18 @@ def _embed(tmp_path: Path, fit: Callable[[Tensor], Tensor], workers: int) -> lis
     return [int(answer[0][0]) for answer in embed(wanted, {Level.IMAGE: way}, torch.device("cpu"), workers)]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_answer_in_order(workers: int, tmp_path: Path) -> None:
-    assert _embed(tmp_path, _corner, workers) == [0, 4, 8, 12, 16]
+@pytest.mark.parametrize(
+    ("free", "workers", "said"), [(10**9, 2, ""), (2 * 12, 2, "room for the batches of 1"), (5, 3, "batches of 0")]
+)
+def test_workers_are_as_many_as_shared_memory_has_room_for(
+    free: int, workers: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    printed = list[str]()
+    with lines_to(printed.append):
+        assert _embed(tmp_path, _corner, workers) == [0, 4, 8, 12, 16]
+    assert said in "".join(printed)
+    assert ("--shm-size" in "".join(printed)) == bool(said)
 
 
 def test_a_worker_that_dies_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
