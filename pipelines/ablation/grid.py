@@ -243,7 +243,11 @@ def column_texts(values: Sequence[Any]) -> list[str]:
 def note(runs: Sequence[Run], config: AblateConfig) -> str:
     """What the numbers were made of. Of the runs, not of the moment: the same runs have the same note."""
     seeds = f"seeds 0 to {config.seeds - 1}" if config.seeds > 1 else "seed 0"
-    commits = {str(run.git["commit"])[:10] for run in runs if run.git and "commit" in run.git}
+    commits = {
+        str(run.git["commit"])[:10] + (" with changes" if run.git.get("dirty") else "")
+        for run in runs
+        if run.git and "commit" in run.git
+    }
     parts = [
         f"{metric_of(runs)} in percent, mean (sample standard deviation) over {seeds}",
         f"data {config.data.root or config.data.annotations or config.cache}",
@@ -251,7 +255,11 @@ def note(runs: Sequence[Run], config: AblateConfig) -> str:
         f"cache {config.cache}, set {config.features}",
         " ".join(["recipe", config.recipe, *config.all_settings]),
         *([f"from the weights of {config.init}"] if config.init else []),
-        *(f"hdovd {version}" for version in sorted({run.versions.get("hdovd", "?") for run in runs})),
+        *(
+            f"{name} {version}"
+            for name in ("hdovd", "torch")
+            for version in sorted({run.versions.get(name, "?") for run in runs})
+        ),
         *(f"commit {commit}" for commit in sorted(commits)),
     ]
     return "; ".join(parts) + "."
