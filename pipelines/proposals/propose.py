@@ -41,10 +41,10 @@ from hdovd.pipelines.proposal_files.file import (
     Proposals,
     ProposalTable,
     made_by_line,
+    read_npz,
     read_table,
     write_proposals,
 )
-from hdovd.pipelines.proposal_files.table import read_npz
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.networks import (
     Finder,
