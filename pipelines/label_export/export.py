@@ -90,9 +90,15 @@ def read_boxes(config: ExportLabelsConfig) -> tuple[dict[str, int], Pictures]:
             left[why or f"score below {config.min_score:g}"] += 1
             continue
         x, y, right, lower = sides
-        parts = [x / width, y / height, (right - x) / width, (lower - y) / height]
-        about = {"name": checked_name(name, where), "score": score, "other": entry.get("other", "")}
-        picture["boxes"].append(about | {"sides": sides, "parts": parts})
+        picture["boxes"].append(
+            {
+                "name": checked_name(name, where),
+                "score": score,
+                "other": entry.get("other", ""),
+                "sides": sides,
+                "parts": [x / width, y / height, (right - x) / width, (lower - y) / height],
+            }
+        )
     for why, times in sorted(left.items()):
         log(f"left out: {counted(times, 'box', 'boxes')}: {why}")
     shown = [one for one in pictures.values() if one["boxes"] or every]

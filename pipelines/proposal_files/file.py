@@ -127,15 +127,14 @@ def _reason(box: np.ndarray, edge: np.ndarray, score: np.ndarray) -> np.ndarray:
     The rules of `coco.clip_box`, on columns.
     """
     low, high = box[:, :2], box[:, 2:]
-    with np.errstate(invalid="ignore"):
-        tests = [
-            np.isnan(box).all(1),
-            ~np.isfinite(box).all(1),
-            (high < low).any(1),
-            (high == low).any(1),
-            (low >= edge).any(1) | (high <= 0).any(1),
-            ~np.isfinite(score),
-        ]
+    tests = [
+        np.isnan(box).all(1),
+        ~np.isfinite(box).all(1),
+        (high < low).any(1),
+        (high == low).any(1),
+        (low >= edge).any(1) | (high <= 0).any(1),
+        ~np.isfinite(score),
+    ]
     return np.select(tests, range(len(_REASONS)), -1)
 
 
@@ -254,7 +253,6 @@ def read_npz(path: Path) -> tuple[ProposalTable, dict[str, Any]]:
             f"hdovd proposals convert: is the download complete?"
         ) from error
     image_id, offset, box, score = columns.values()
-    shapes = (image_id.shape, offset.shape, box.shape, score.shape)
     if (
         any(columns[name].dtype != kind for name, kind in _NPZ.items())
         or image_id.ndim != 1
@@ -267,7 +265,8 @@ def read_npz(path: Path) -> tuple[ProposalTable, dict[str, Any]]:
         or len(np.unique(image_id)) < len(image_id)
     ):
         raise HdovdError(
-            f"{path}: image_id, offset, box and score do not fit together (shapes {shapes}): make the file anew"
+            f"{path}: image_id, offset, box and score do not fit together (shapes "
+            f"{image_id.shape}, {offset.shape}, {box.shape}, {score.shape}): make the file anew"
         )
     return ProposalTable(np.repeat(image_id, np.diff(offset)), box, score, "hdovd's .npz"), metadata
 
@@ -309,7 +308,6 @@ def made_by_line(made_by: MadeBy | None) -> str:
 
 
 def _write_npz(partial: Path, proposals: dict[int, Proposals], table: ProposalTable, about: dict[str, Any]) -> None:
-    metadata = json.dumps({"format": NPZ_FORMAT, "version": NPZ_VERSION, **about})
     with partial.open("wb") as file:
         np.savez(
             file,
@@ -317,7 +315,7 @@ def _write_npz(partial: Path, proposals: dict[int, Proposals], table: ProposalTa
             offset=np.cumsum([0, *(len(found.boxes) for found in proposals.values())], dtype=np.int64),
             box=table.box.astype(np.float32),
             score=table.score.astype(np.float32),
-            metadata=np.array(metadata),
+            metadata=np.array(json.dumps({"format": NPZ_FORMAT, "version": NPZ_VERSION, **about})),
         )
 
 
@@ -362,8 +360,6 @@ def convert_proposals(
         raise HdovdError(f"--out {out} is the file to read: give another name")
     table = read_table(source, annotations, order)
     log(*table.notes)
-    if bad := int((~np.isfinite(table.box).all(1) | ~np.isfinite(table.score)).sum()):
-        log(f"{bad:,d} entries hold what is no finite number; they are kept, and extract-clip will skip them")
     count, identity = write_proposals(out, table.by_image(), table.made_by), table.identity()
     log(f"wrote {out}: {count:,d} proposals, identity {identity}; {made_by_line(table.made_by)}")
     return identity
