@@ -141,9 +141,8 @@ def _pseudo_boxes(cache: FeatureCache, split: Split) -> Iterator[dict[str, Any]]
     for image in split.images:
         rows = cache.instances(image.id)
         for row in np.flatnonzero(rows.noun >= 0).tolist():
-            left, top, right, lower = rows.box[row].tolist()
             about = {"name": nouns[rows.noun[row]] if nouns else "", "score": float(rows.noun_cosine[row])}
-            yield {"image_id": image.id, "bbox": [left, top, right - left, lower - top], **about}
+            yield {"image_id": image.id, "box": rows.box[row].tolist(), **about}
 
 
 def _fiftyone(config: ExportLabelsConfig, names: dict[str, int], pictures: Pictures) -> None:

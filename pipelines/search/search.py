@@ -102,18 +102,14 @@ def write_crops(file: Path, title: str, hits: Sequence[Hit], searched: "Searched
     """Write the hits with their crops; a picture that cannot be read is said in its place."""
     pictures, cards = dict[int, dict[str, Any]](), []
     for hit in hits:
-        crop = problem = ""
+        card = {"hit": hit, "crop": "", "problem": ""}
         try:
             picture = searched.picture(hit.image_id)
+            card["crop"], image = crop_of(picture, hit), searched.images[hit.image_id]
+            pictures[hit.image_id] = {"data": small_picture_data(picture, PICTURE_SIDE), "image": image}
         except HdovdError as error:
-            problem = str(error)
-        else:
-            crop = crop_of(picture, hit)
-            pictures[hit.image_id] = {
-                "data": small_picture_data(picture, PICTURE_SIDE),
-                "image": searched.images[hit.image_id],
-            }
-        cards.append({"hit": hit, "crop": crop, "problem": problem})
+            card["problem"] = str(error)
+        cards.append(card)
     write_page(file, "search.html", {"title": title, "cards": cards, "pictures": pictures})
 
 
