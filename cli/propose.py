@@ -11,9 +11,10 @@ def propose(config: ProposeConfig) -> None:
     --nproc-per-node 8 -m hdovd propose ... Side by side: hdovd propose --report --detector rpn --detector oln. Next:
     hdovd extract-clip --proposals OUT.
     """
-    from hdovd.pipelines.proposals import propose as stage
+    from hdovd.pipelines.proposals.networks import recall_report
+    from hdovd.pipelines.proposals.propose import propose as run
 
     if config.report:
-        stage.recall_report(config)
+        recall_report(config)
     else:
-        stage.propose(config)
+        run(config)

@@ -51,7 +51,7 @@ from hdovd.pipelines.common.device import pick_device, team
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.dataloading.loader import key_of
-from hdovd.pipelines.detection.examples import Gap
+from hdovd.pipelines.detection.names import Gap
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.evaluation.evaluate import Validation, load_detector, results
 from hdovd.pipelines.extraction.source import data_of_cache, extraction_of, set_of_run

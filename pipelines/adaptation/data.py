@@ -28,7 +28,7 @@ from hdovd.data.targets import Targets
 from hdovd.pipelines.calibration.values import VALUES
 from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.dataloading.loader import Draw, key_of
-from hdovd.pipelines.detection.examples import Gap
+from hdovd.pipelines.detection.names import Gap
 from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.initial_weights import SAME_TEXT

@@ -27,7 +27,7 @@ from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.extraction.identities import box_table
 from hdovd.pipelines.nouns.allowed import meaning
-from hdovd.pipelines.proposal_files.table import ProposalTable
+from hdovd.pipelines.proposal_files.file import ProposalTable
 from hdovd.pipelines.runs.folder import UPPER_BOUND
 
 SAME_BOX_PX = 0.05  # between a cached base box and its annotation: float32 and a decimal or two

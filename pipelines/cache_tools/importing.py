@@ -22,7 +22,7 @@ float16 (so coordinates over 512 are rounded to half pixels), of proposals with 
 comes from a wider square crop with the surroundings masked in attention, not from a crop of the box. `blocks/`, a grid
 over the image, has no place here.
 
-Either way a file is read by `common.tensors` or `safe_pickle`, never by a plain unpickler, and one that is
+Either way a file is read by `common.tensors` or `proposal_files.pickles`, never by a plain unpickler, and one that is
 missing, damaged or does not fit costs its image alone: the reason stands in the image's place.
 """
 
@@ -48,8 +48,8 @@ from hdovd.pipelines.cache_tools.config import ImportConfig
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.tensors import floats, load_pth
 from hdovd.pipelines.extraction.identities import TextRows, box_table
-from hdovd.pipelines.proposal_files.safe_pickle import load_arrays
-from hdovd.pipelines.proposal_files.table import Proposals, ProposalTable, boxes_of
+from hdovd.pipelines.proposal_files.file import Proposals, ProposalTable
+from hdovd.pipelines.proposal_files.pickles import boxes_of, load_arrays
 
 GT, PROPOSAL, TEXT, FULL = (
     "gt_clip_image_embedding",

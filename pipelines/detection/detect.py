@@ -17,8 +17,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain, count
@@ -49,35 +47,24 @@ PICTURES, VIDEOS = "pictures", "videos"
 SHOWN_ROWS = 20
 
 
-@dataclass(slots=True)
-class DetectResult:
-    """`names` that were looked for, `is_novel` of each; `images`: how many could be read; `rows` of a table of the
-    first `SHOWN_ROWS` of them; `objects` and `pictures_with`, frames of videos too, by name; `skipped`: what could not
-    be read, with the reason; `videos`: what to say of each; `stopped`: the signal that ended the last one, or 0.
-    """
-
-    names: tuple[str, ...]
-    is_novel: tuple[bool, ...]
-    images: int = 0
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-    objects: Counter[str] = field(default_factory=Counter)
-    pictures_with: Counter[str] = field(default_factory=Counter)
-    skipped: dict[str, str] = field(default_factory=dict)
-    videos: dict[str, str] = field(default_factory=dict)
-    stopped: int = 0
-    files: list[Path] = field(default_factory=list)
-
-
 class DetectionFolder:
     """Takes detections picture by picture: what it keeps in memory does not grow with their number, but for the names
     of drawn files.
+
+    `names` that are looked for, `is_novel` of each; `images`: how many could be read; `rows` of a table of the first
+    `SHOWN_ROWS` of them; `objects` and `pictures_with`, frames of videos too, by name; `skipped`: what could not be
+    read, with the reason; `videos`: what to say of each; `stopped`: the signal that ended the last one, or 0; `files`
+    that were written.
     """
 
     def __init__(self, path: Path, names: Sequence[str], is_novel: Sequence[bool], *, draw: bool) -> None:
         """Start anew; old detections go. names, is_novel: of the K names asked for. draw: pictures too. Raises
         HdovdError.
         """
-        self.path, self.result = path, DetectResult(tuple(names), tuple(is_novel))
+        self.path, self.names, self.is_novel = path, tuple(names), tuple(is_novel)
+        self.objects, self.pictures_with = Counter[str](), Counter[str]()
+        self.images, self.stopped, self.rows = 0, 0, list[tuple[str, ...]]()
+        self.skipped, self.videos, self.files = dict[str, str](), dict[str, str](), list[Path]()
         self._draw, self._taken = draw, set[str]()
         with writing(path):
             if (path / DETECTIONS_MARKER).is_file():
@@ -87,7 +74,7 @@ class DetectionFolder:
                     shutil.rmtree(path / name, ignore_errors=True)
             path.mkdir(parents=True, exist_ok=True)
             (path / DETECTIONS_MARKER).touch()
-            self._lines: IO[str] = (path / LINES).open("w")
+            self._lines: IO[str] = (path / LINES).open("w", buffering=1)  # a line is in it when it is added
 
     def add(self, image_id: int, file: PictureFile, picture: Decoded, found: NamedDetections) -> None:
         """image_id: from 1 on."""
@@ -102,45 +89,37 @@ class DetectionFolder:
             for (x0, y0, x1, y1), score, label in zip(found.boxes.tolist(), scores, found.labels.tolist(), strict=True)
         ]
         self._add({"image": image, "detections": detections})
-        result, number = self.result, len(found.names)
-        result.images += 1
+        self.images += 1
         self.count([found])
-        if len(result.rows) < SHOWN_ROWS:
-            best = ", ".join(f"{name} {score:.2f}" for name, score in zip(found.names[:4], scores, strict=False))
-            more = f" and {number - 4} more" if number > 4 else ""
-            result.rows.append(
-                (printable(file.name), f"{picture.width}x{picture.height}", str(number), best + more or "-")
-            )
+        if len(self.rows) < SHOWN_ROWS:
+            best = [f"{name} {score:.2f}" for name, score in zip(found.names, scores, strict=True)]
+            size = f"{picture.width}x{picture.height}"
+            self.rows.append((printable(file.name), size, str(len(best)), shorten(best, 4) or "-"))
 
     def add_video(self, file: PictureFile, video: dict[str, Any]) -> None:
         """video: what images.json says of it."""
         self._add({"video": {"file_name": file.name} | video})
         about = f"{counted(video['frames'], 'frame')} of {video['width']}x{video['height']}"
-        self.result.videos[file.name] = "\n  ".join([f"{about} in {duration(video['seconds'])}", *video["notes"]])
+        self.videos[file.name] = "\n  ".join([f"{about} in {duration(video['seconds'])}", *video["notes"]])
 
     def count(self, found: list[NamedDetections]) -> list[NamedDetections]:
         """What is found in pictures, or frames; returns it."""
-        self.result.objects.update(name for one in found for name in one.names)
-        self.result.pictures_with.update(name for one in found for name in {*one.names})
+        self.objects.update(name for one in found for name in one.names)
+        self.pictures_with.update(name for one in found for name in {*one.names})
         return found
 
     def skip(self, image_id: int, file: PictureFile, reason: str) -> None:
         """A picture or a video that cannot be read."""
-        self.result.skipped[file.name] = reason
+        self.skipped[file.name] = reason
         self._add({"skipped": {"id": image_id, "file_name": file.name, "reason": reason}})
 
-    def flush(self) -> None:
-        """What was added is in the file when this returns."""
-        with writing(self.path / LINES):
-            self._lines.flush()
-
-    def finish(self, info: dict[str, Any]) -> DetectResult:
+    def finish(self, info: dict[str, Any]) -> "DetectionFolder":
         """Write detections.json and images.json."""
         with writing(self.path / LINES):
             self._lines.close()
         categories = [
             {"id": number, "name": name, "supercategory": "novel" if novel else "base"}
-            for number, (name, novel) in enumerate(zip(self.result.names, self.result.is_novel, strict=True), start=1)
+            for number, (name, novel) in enumerate(zip(self.names, self.is_novel, strict=True), start=1)
         ]
         head: dict[str, Any] = {"info": info, "categories": categories, "annotations": []}
         detections, images = self.path / DETECTIONS, self.path / IMAGES
@@ -148,9 +127,8 @@ class DetectionFolder:
         lists = {"images": self._read("image"), "videos": self._read("video"), "skipped": self._read("skipped")}
         replace_file(images, lambda file: _write(file, _tree(head, lists)))
         (self.path / LINES).unlink()
-        folders = (self.path / name for name in (PICTURES, VIDEOS))
-        self.result.files += [detections, images, *(folder for folder in folders if folder.is_dir())]
-        return self.result
+        self.files += [file for file in (detections, images, self.path / PICTURES, self.path / VIDEOS) if file.exists()]
+        return self
 
     def _add(self, line: dict[str, Any]) -> None:
         with writing(self.path / LINES):
@@ -174,13 +152,11 @@ class DetectionFolder:
         """The picture with its boxes, reduced as it was for the detector."""
         canvas = Image.fromarray(picture.pixels.permute(1, 2, 0).contiguous().numpy())
         scale = found.boxes.new_tensor([canvas.width / picture.width, canvas.height / picture.height]).repeat(2)
-        boxes = [
-            Labelled(box, f"{text} {score:.2f}", NOVEL_COLOUR if self.result.is_novel[label] else BASE_COLOUR)
-            for box, score, label, text in zip(
-                (found.boxes * scale).tolist(), found.scores.tolist(), found.labels.tolist(), found.names, strict=True
-            )
-        ]
-        return draw_boxes(canvas, boxes)
+        rows = zip(
+            (found.boxes * scale).tolist(), found.scores.tolist(), found.labels.tolist(), found.names, strict=True
+        )
+        colours = [NOVEL_COLOUR if novel else BASE_COLOUR for novel in self.is_novel]
+        return draw_boxes(canvas, [Labelled(box, f"{name} {score:.2f}", colours[k]) for box, score, k, name in rows])
 
 
 def _write(file: Path, pieces: Iterable[str]) -> None:
@@ -213,7 +189,7 @@ def _opened(file: PictureFile) -> Decoded | str:
         return f"{error}{', nor an MPEG-TS video' * (file.path.suffix.lower() in VIDEO_ENDINGS)}"
 
 
-def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:
+def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectionFolder:
     """Look for the classes in all pictures and write what is found into `job.out` (`output`).
 
     stdin: instead of the process's own. Pictures that cannot be read are skipped. Raises HdovdError for bad input.
@@ -231,8 +207,19 @@ def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:
         templates=job.templates,
         trust=job.trust,
     )
-    log(*_doubtful(job.classes or (), detector.protocol.names))
-    _set_classes(detector, job)
+    if job.examples is None:
+        names = detector.names if job.classes is None else job.classes
+        rows = None if job.class_embeddings is None else read_class_embeddings(job.class_embeddings, names, each="name")
+        detector.set_classes(names, embeddings=rows, split_blind=job.split_blind, alone=job.alone)
+    else:
+        detector.set_examples(
+            job.examples,
+            images=job.example_images,
+            names=job.classes or (),
+            mix=job.mix,
+            split_blind=job.split_blind,
+            alone=job.alone,
+        )
     detector.embedder.forget_clip()
     novel, also = detector.is_novel.tolist(), f"videos: {len(videos):,d}; " if videos else ""
     log(
@@ -247,43 +234,25 @@ def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:
     folder = DetectionFolder(job.out, detector.names, novel, draw=job.pictures)
     _run(detector, pictures, folder, job)
     _run_videos(detector, dict(enumerate(videos, start=len(pictures) + 1)), folder, job, watch)
-    return folder.finish(_info(detector, job))
-
-
-def _set_classes(detector: Detector, job: DetectConfig) -> None:
-    if job.examples is not None:
-        detector.set_examples(
-            job.examples,
-            images=job.example_images,
-            names=job.classes or (),
-            mix=job.mix,
-            split_blind=job.split_blind,
-            alone=job.alone,
-        )
-        return
-    names = detector.names if job.classes is None else job.classes
-    rows = None if job.class_embeddings is None else read_class_embeddings(job.class_embeddings, names, each="name")
-    detector.set_classes(names, embeddings=rows, split_blind=job.split_blind, alone=job.alone)
-
-
-def _doubtful(names: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
-    """What may be a slip of the pen."""
-    known = {name.casefold() for name in classes}
-    for name in names:
-        if ";" in name or "|" in name:
-            yield f"note: {name!r} is taken for one name; names are separated by commas"
-        if name.casefold() not in known and (near := get_close_matches(name.casefold(), known, 1, cutoff=0.8)):
-            yield f"note: {name!r} is no class of the run; did you mean {near[0]!r}?"
+    return folder.finish(
+        {
+            "description": f"hdovd {__version__} detect",
+            "run": str(job.run.absolute()),
+            "weights": str(job.weights),
+            "threshold": job.threshold,
+            "split_blind": job.split_blind,
+            "rivals": list(detector.rivals),
+            "device": str(detector.device),
+            **({} if job.class_embeddings is None else {"class_embeddings": str(job.class_embeddings)}),
+            **({} if job.templates is None else {"templates": list(job.templates)}),
+            **({} if job.examples is None else {"examples": str(job.examples), "mix": job.mix}),
+        }
+    )
 
 
 def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, job: DetectConfig) -> None:
-    batches = Batches(
-        Mapped(files, _opened),
-        job.batch_size,
-        min(workers_for(detector.device, job.workers), len(files)),
-        device=detector.device,
-    )
-    numbered = enumerate(files, start=1)
+    workers, numbered = min(workers_for(detector.device, job.workers), len(files)), enumerate(files, start=1)
+    batches = Batches(Mapped(files, _opened), job.batch_size, workers, device=detector.device)
     with progress(None, "detect", "image", total=len(files)) as bar:
         for batch in batches:
             found = iter(detector.find([one for one in batch if isinstance(one, Decoded)], job.threshold))
@@ -293,7 +262,6 @@ def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, 
                     folder.skip(number, file, one)
                 else:
                     folder.add(number, file, one, next(found))
-            folder.flush()
             bar.update(len(batch))
 
 
@@ -320,31 +288,14 @@ def _run_videos(
                 folder.skip(number, file, f"{file.name}: {found}")
             else:
                 folder.add_video(file, found)
-            folder.flush()
-    folder.result.stopped = stop.received
-
-
-def _info(detector: Detector, job: DetectConfig) -> dict[str, Any]:
-    """What the detections were made with, for `images.json`."""
-    return {
-        "description": f"hdovd {__version__} detect",
-        "run": str(job.run.absolute()),
-        "weights": str(job.weights),
-        "threshold": job.threshold,
-        "split_blind": job.split_blind,
-        "rivals": list(detector.rivals),
-        "device": str(detector.device),
-        **({} if job.class_embeddings is None else {"class_embeddings": str(job.class_embeddings)}),
-        **({} if job.templates is None else {"templates": list(job.templates)}),
-        **({} if job.examples is None else {"examples": str(job.examples), "mix": job.mix}),
-    }
+    folder.stopped = stop.received
 
 
 SHOWN_NAMES = 30
 SHOWN_SKIPPED = 10
 
 
-def detect_lines(result: DetectResult) -> list[str]:
+def detect_lines(result: DetectionFolder) -> list[str]:
     """The first pictures with what was found, every name with its count, and what was skipped."""
     lines, skipped = list[str](), list(result.skipped.values())
     if result.rows:
@@ -353,9 +304,13 @@ def detect_lines(result: DetectResult) -> list[str]:
             lines.append(f"... and {result.images - len(result.rows):,d} more pictures, in images.json")
     lines += [f"{printable(name)}: {about}" for name, about in result.videos.items()]
     if lines:
-        kind = dict(zip(result.names, result.is_novel, strict=True))
         counts = [
-            (name, "novel" if kind[name] else "base", f"{times:,d}", f"{result.pictures_with[name]:,d}")
+            (
+                name,
+                "novel" if result.is_novel[result.names.index(name)] else "base",
+                f"{times:,d}",
+                f"{result.pictures_with[name]:,d}",
+            )
             for name, times in result.objects.most_common(SHOWN_NAMES)
         ]
         places = "in pictures and frames" if result.videos else "in pictures"

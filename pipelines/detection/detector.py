@@ -1,7 +1,8 @@
 """A trained run that finds things by any name: `Detector.from_run(path).set_classes([...])(picture)`.
 
 For Python, and `detect`; `evaluate_examples` is `hdovd eval --examples`. K names, D embedding size, n detections.
-`names` says where their text embeddings come from.
+`names` says where their embeddings come from; `fit_rows` fits those of examples to what the detector sees of them. K
+classes with examples, O other classes.
 """
 
 import json
@@ -13,18 +14,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, counted, shorten
+from hdovd.core.log import log
+from hdovd.data.coco import Exif
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector as Model
 from hdovd.modeling.batching import input_size, padded
 from hdovd.modeling.boxes import Detections, detect_batch
+from hdovd.modeling.export.detectors import ExportableDetector, traceable
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.device import inference_autocast, pick_device
 from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
-from hdovd.pipelines.detection.examples import Examples, Shown, fit_rows, read_examples
-from hdovd.pipelines.detection.names import NameEmbedder
+from hdovd.pipelines.detection.names import Examples, NameEmbedder, Shown, read_examples, told_apart
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.evaluation.evaluate import EvalResult, evaluate_by, load_detector
 from hdovd.pipelines.runs.config import DEFAULT_MIX
@@ -111,10 +115,8 @@ class Detector:
         """
         if isinstance(names, str):
             raise HdovdError(f"set_classes takes a list of names, not one text: [{names!r}]")
-        wanted = self._cleaned(names)
+        wanted = told_apart(names, "what to look for")
         asked = tuple(wanted.values())
-        if not asked:
-            raise HdovdError("no names to look for")
         rows = self.embedder.embed(asked) if embeddings is None else self._fitting(embeddings, asked)
         base = {folded(name) for name in self.protocol.base}
         self.rivals: tuple[str, ...] = (
@@ -148,7 +150,7 @@ class Detector:
         if not 0 <= mix <= 1:
             raise HdovdError(f"--mix {mix:g}: expected a number from 0 to 1")
         shown = read_examples(examples, images)
-        asked = {folded(name): name for name in shown.names} | self._cleaned(names)
+        asked = {folded(name): name for name in shown.names} | (told_apart(names, "what to look for") if names else {})
         rivals = [] if alone else [name for name in self.protocol.base if folded(name) not in asked]
         by_name = self.embedder.embed([*asked.values()][len(shown.names) :])
         rows = self.example_rows(shown, mix, torch.cat([by_name, self.embedder.own_rows(rivals)]))
@@ -162,16 +164,6 @@ class Detector:
         """
         rows = self.embedder.embed_examples(examples, mix)
         return fit_rows(self.model, examples, rows, others) if mix else rows
-
-    def _cleaned(self, names: Sequence[str]) -> dict[str, str]:
-        """Names without needless spaces, by what tells them apart. Raises HdovdError for empty ones, and two alike."""
-        asked = [" ".join(name.split()) for name in names]
-        wanted = [folded(name) for name in asked]
-        if twice := sorted({name for name, low in zip(asked, wanted, strict=True) if wanted.count(low) > 1}):
-            raise HdovdError(f"named twice: {shorten(list(twice))}; each name once, in capitals or not")
-        if not all(asked):
-            raise HdovdError(f"name {asked.index('') + 1} of {len(asked)} is empty")
-        return dict(zip(wanted, asked, strict=True))
 
     def _fitting(self, embeddings: Tensor | np.ndarray, names: tuple[str, ...]) -> Tensor:
         """Normalised, and rounded to float16 as a cache would. Raises HdovdError."""
@@ -240,6 +232,68 @@ class Detector:
         return NamedDetections(
             found.boxes * scale, found.scores, found.labels, tuple(self.names[label] for label in found.labels.tolist())
         )
+
+
+ON_IOU, OFF_IOU, OFF = 0.5, 0.3, -1  # a region is on an example from the one on, off all below the other
+OFF_REGIONS = 100  # of a picture
+KEPT, PRIOR = 10.0, 3000.0  # weights; chosen by base classes (docs/RESULTS.md)
+STEPS, RATE = 100, 0.02  # of Adam; more change nothing that counts
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def fit_rows(model: Model, examples: Examples, rows: Tensor, others: Tensor) -> Tensor:
+    """(K, D) L2-normalised: rows (K, D) of norm 1, moved until regions on examples are found as their class, and those
+    off all examples have the probabilities that they had, as far as that takes no row far.
+
+        sum over regions on examples of -log p + KEPT * sum over the others of KL(before || after)
+        + PRIOR * sum over rows of (1 - cosine with what the row was)
+
+    Other classes (O, D) compete. Examples that are crops without their pictures, and detectors that do not tell
+    features of regions (`exportable`), leave the rows as they are.
+    """
+    detector = traceable(model)
+    if not examples.in_pictures or not isinstance(detector, ExportableDetector):
+        return rows
+    found = (_regions(detector, examples, number) for number in range(len(examples.images)))
+    c, label = map(torch.cat, zip(*filter(None, found), strict=True))
+    on, start, others = label != OFF, rows.to(c).clone(), others.to(c).clone()  # copies, outside of inference mode
+    log(f"examples in their pictures: the detector has {counted(int(on.sum()), 'region')} on them")
+
+    def log_probabilities(moved: Tensor) -> Tensor:
+        first, _ = detector.scores(c, None, torch.cat([moved, others]))
+        return first.clamp(min=1e-12).log()
+
+    before, moved = log_probabilities(start).detach(), start.clone().requires_grad_()
+    adam = torch.optim.Adam([moved], lr=RATE)
+    for _ in range(STEPS):
+        unit = F.normalize(moved, dim=1)
+        after = log_probabilities(unit)
+        loss = F.nll_loss(after[on], label[on], reduction="sum") + PRIOR * (1 - (unit * start).sum(dim=1)).sum()
+        loss = loss + KEPT * F.kl_div(after[~on], before[~on], reduction="sum", log_target=True)
+        adam.zero_grad()
+        (loss / len(on)).backward()
+        adam.step()
+    return F.normalize(moved.detach(), dim=1).to(rows)
+
+
+@torch.no_grad()
+def _regions(detector: ExportableDetector, examples: Examples, number: int) -> tuple[Tensor, Tensor] | None:
+    """Features (n, D) and labels (n,) of regions of a picture, the class of the example that one is on, or OFF: of all
+    that are on examples, and of OFF_REGIONS at most that are off all. None for a picture that cannot be read.
+    """
+    image, device = examples.images[number], detector.mean.device
+    try:
+        pixels = examples.picture(examples.path(image), image.width, image.height, Exif.APPLY).pixels
+    except HdovdError:
+        return None  # its examples are told as left out
+    with inference_autocast(device, detector.recipe):
+        boxes, c = detector.rois(pixels.to(device))[:2]
+    overlap, nearest = box_iou(boxes.float(), torch.from_numpy(image.boxes).to(device)).max(dim=1)
+    label = torch.from_numpy(image.labels).to(device)[nearest].where(overlap >= ON_IOU, OFF)
+    off = (overlap < OFF_IOU).nonzero().flatten()
+    kept = torch.cat([(label != OFF).nonzero().flatten(), off[:: -(-len(off) // OFF_REGIONS) or 1]])
+    return c[kept].float(), label[kept]
 
 
 def evaluate_examples(job: EvalConfig, source: Path) -> EvalResult:

@@ -1,11 +1,20 @@
-"""Text embeddings of any names for a trained run: its own, kept ones, or of its CLIP, loaded only if it must be.
+"""What stands for a class: the embedding of its name, a run's own, a kept one, or one of its CLIP, loaded only if it
+must be; or of examples, pictures of what to look for.
 
-K names, D embedding size.
+CLIP's image embeddings and its text embeddings lie in two cones, and detectors are taught with texts. So a row that is
+made of pictures is moved from one cone to the other, by what the run's cache knows of its base classes (`Gap`):
+
+    v = normalise(mean of the normalised embeddings of a class's crops)
+    row = normalise(text + spread * normalise(v - image))
+
+The pictures are embedded as the boxes of the cache were. A crop is told to CLIP alone; a picture with its boxes also
+shows what the detector makes of an example (`detector.fit_rows`). K names, D embedding size.
 """
 
-import hashlib
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,17 +26,22 @@ from torch import Tensor
 
 from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.identity import KeyInputs, differences, key_of
-from hdovd.cache.reader import FeatureCache
+from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
 from hdovd.core import user_cache_folder
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.log import log
+from hdovd.core.text_files import checked_name
+from hdovd.data.coco import ImageBoxes, load_split, read_instances
+from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.atomic_write import replace_file
+from hdovd.pipelines.common.images import AnyPicture, decode
 from hdovd.pipelines.common.options import Precision
+from hdovd.pipelines.common.picture_files import find_pictures
 from hdovd.pipelines.common.tensors import load_tensors, save_tensors
-from hdovd.pipelines.detection.examples import Examples, Gap, embed_examples
-from hdovd.pipelines.extraction.source import cache_of
+from hdovd.pipelines.embedding.embedders import NO_FILE, Picture, Pictures, embedders_of, read_picture
+from hdovd.pipelines.extraction.source import cache_of, extraction_of
 from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.teachers.base import Activation, Teacher
@@ -37,29 +51,6 @@ if TYPE_CHECKING:
     from hdovd.pipelines.teachers.openclip import ClipTeacher
 
 ClipName = tuple[str, str | None]  # name and tag, as `openclip.load_clip` takes them
-
-
-def kept_row(file: Path, name: str, dim: int) -> np.ndarray | None:
-    """(D,) float16; None if it is not there, or damaged, which is told."""
-    try:
-        if not file.is_file():
-            return None
-        row = load_tensors(file)["embedding"].numpy()
-    except Exception:  # safetensors and torch have errors of their own, for a file that others delete meanwhile too
-        log(f"note: {file} is damaged: {name} is embedded anew")
-        return None
-    return row if row.shape == (dim,) and row.dtype == np.float16 else None
-
-
-def keep_rows(files: dict[str, Path], rows: dict[str, np.ndarray]) -> None:
-    """(D,) float16 each, by name. A folder that cannot be used is told of, and never an error."""
-    for name, row in rows.items():
-        tensors = {"embedding": torch.from_numpy(row)}
-        try:
-            replace_file(files[name], partial(save_tensors, tensors, texts={"name": name}), writer=str(os.getpid()))
-        except HdovdError as error:
-            log(f"note: text embeddings are not kept for the next time ({error})")
-            break
 
 
 def class_level(run: RunFolder) -> tuple[KeyInputs, str]:
@@ -174,18 +165,163 @@ def require_tokenizer(clip: Teacher, inputs: KeyInputs, called: str, whose: str)
             )
 
 
-def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device, with_images: bool = False) -> Teacher:
-    """The run's CLIP, which can embed names, and nothing else: its image tower is dropped unless `with_images`.
-
-    given: where it lies, instead of what the cache says. Raises HdovdError if it cannot be had, or is another one than
-    the run's.
+def load_run_clip(run: RunFolder, given: ClipName | None, device: torch.device) -> Teacher:
+    """The run's CLIP. given: where it lies, instead of what the cache says. Raises HdovdError if it cannot be had, or
+    is another one than the run's.
     """
     inputs, key = class_level(run)
     named, is_given = given or clip_of_cache(run, key), given is not None
-    clip = load_same_clip(named, inputs, inputs, device, given=is_given, whose="run", without="--class-embeddings")
-    if not with_images:
-        clip.model.visual = None  # the larger half of most
-    return clip
+    return load_same_clip(named, inputs, inputs, device, given=is_given, whose="run", without="--class-embeddings")
+
+
+Shown = Path | str | Mapping[str, Sequence[AnyPicture]]  # a folder, a COCO file, or pictures by name
+SAMPLED_IMAGES = 4_000  # of a cache: a mean needs no more
+BATCH = 64  # crops
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Crops of K classes: boxes of `images`, whose labels are places in `names`, and which `picture` reads from `path`.
+    `skipped`: why pictures could not be read. `in_pictures`: whether the images show what is around.
+    """
+
+    names: tuple[str, ...]
+    images: Sequence[ImageBoxes]
+    path: Callable[[ImageBoxes], Path]
+    picture: Callable[..., Picture] = read_picture
+    skipped: Sequence[str] = ()
+    in_pictures: bool = False
+
+
+def read_examples(source: Shown, images: Path | None = None) -> Examples:
+    """Examples of classes; crops are not read yet.
+
+    Args:
+        source: a folder with a subfolder of crops a class, the name of which is the class; a COCO instances file, every
+            box of which is an example; or pictures by name, in any form that `decode` takes.
+        images: the image folder of a COCO file.
+
+    Raises HdovdError if there are none, a name comes twice, or a file is not there.
+    """
+    if isinstance(source, Mapping):
+        return _of_pictures(source)
+    source = Path(source)
+    if source.is_dir():
+        folders = sorted(one for one in source.iterdir() if one.is_dir() and not one.name.startswith("."))
+        if not folders:
+            raise HdovdError(f"--examples {source} has no subfolders: expected one a class, with its name, of crops")
+        found = {one.name: find_pictures([str(one)], None, source / ".none") for one in folders if any(one.iterdir())}
+        if empty := [one.name for one in folders if one.name not in found]:
+            raise HdovdError(f"--examples {source}: no crops of {shorten(empty)}: its folder is empty")
+        return _of_pictures({name: [picture.path for picture in pictures] for name, pictures in found.items()})
+    if images is None or not images.is_dir():
+        raise HdovdError(f"--examples {source}: no folder of its pictures: give it with --example-images")
+    return _of_annotations(source, images)
+
+
+def _of_pictures(pictures: Mapping[str, Sequence[AnyPicture]]) -> Examples:
+    """Every picture is a crop as a whole. It is read for its size, and again when it is embedded: memory holds few."""
+    images, skipped, sources = list[ImageBoxes](), list[str](), dict[Path, AnyPicture]()
+    for label, (name, shown) in enumerate(pictures.items()):
+        for number, picture in enumerate(shown, start=1):
+            path = Path(picture if isinstance(picture, Path | str) else f"example {number} of {name} ({label + 1})")
+            try:
+                height, width = decode(picture).pixels.shape[1:]
+            except HdovdError as error:
+                skipped.append(str(error))
+                continue
+            sources[path] = picture
+            box, ids = np.array([[0, 0, width, height]], np.float32), np.array([len(images)], np.int64)
+            images.append(ImageBoxes(len(images), str(path), width, height, box, np.array([label]), ids))
+    names, path_of = tuple(told_apart(pictures, "--examples").values()), lambda image: Path(image.file_name)
+    return Examples(names, images, path_of, lambda path, *_: Picture(decode(sources[path]).pixels, NO_FILE), skipped)
+
+
+def _of_annotations(file: Path, folder: Path) -> Examples:
+    """Every box is an example of its category, but crowds; categories without any are left out."""
+    found = read_instances(file, folder)
+    single = {number for number, crowd in zip(found.categories, found.crowd, strict=True) if not crowd}
+    names = tuple(name for number, name in found.names.items() if number in single)
+    split = load_split(file, folder, Protocol("examples", names, (), min_image_side_px=1), base_only=True)
+    log(*split.skips.lines())
+    if missing := [image.file_name for image in split.images if not split.path(image).is_file()]:
+        raise HdovdError(
+            f"--examples {file}: not in {folder}: {len(missing)} of {len(split.images)} pictures "
+            f"({shorten(list(missing))}): give their folder with --example-images"
+        )
+    return Examples(tuple(told_apart(names, "--examples").values()), split.images, split.path, in_pictures=True)
+
+
+def told_apart(names: Iterable[str], what: str) -> dict[str, str]:
+    """Names without needless spaces, by what tells them apart. Raises HdovdError for none, two alike, and one that is
+    empty or cannot be printed.
+    """
+    found = [" ".join(checked_name(name, f"{what}: the name of a class").split()) for name in names]
+    times = Counter(map(folded, found))
+    if twice := sorted(name for name in found if times[folded(name)] > 1):
+        raise HdovdError(f"{what}: named twice: {shorten(list(twice))}; each class once, in capitals or not")
+    if not found:
+        raise HdovdError(f"{what}: no classes")
+    return {folded(name): name for name in found}
+
+
+def embed_examples(examples: Examples, clip: Teacher, cache: FeatureCache) -> Tensor:
+    """(K, D) float32: of each class the normalised mean of its crops' embeddings, made as the boxes of `cache` were.
+
+    Crops that cannot be read are told and left out. Raises HdovdError for a class without any, and for another CLIP or
+    preprocessing than the cache's.
+    """
+    box = np.concatenate([np.zeros((0, 4), np.float32), *(image.boxes for image in examples.images)])
+    offset = np.cumsum([0, *(len(image.boxes) for image in examples.images)])
+    recipe = extraction_of(cache.set, cache.url, "of the run").recipe
+    embedder = embedders_of(clip, Pictures(examples.images, examples.path, offset, box), recipe)[Level.INSTANCE]
+    cache.require(Level.INSTANCE, {"clip": clip.identity, **embedder.inputs()})
+    rows, problems = embedder.embed(embedder.groups(np.arange(len(box)), BATCH), examples.picture)
+    if skipped := [*examples.skipped, *problems.values()]:
+        log(f"{counted(len(skipped), 'example')} could not be read, and left out: {shorten(skipped)}")
+    good = (np.where(image.id in problems, -1, image.labels) for image in examples.images)
+    labels = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *good]))
+    of_class = [labels == label for label in range(len(examples.names))]
+    if empty := [name for name, mine in zip(examples.names, of_class, strict=True) if not mine.any()]:
+        raise HdovdError(f"--examples: no readable crop of {shorten(empty)}")
+    log(f"examples: {counted(int((labels >= 0).sum()), 'crop')} of {counted(len(of_class), 'class', 'classes')}")
+    unit = F.normalize(torch.from_numpy(rows), dim=1)
+    return F.normalize(torch.stack([unit[mine].mean(dim=0) for mine in of_class]), dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """From images to texts. image, text (D,): means over base classes of their boxes' and of their names' embeddings;
+    spread: mean distance of the names' from `text`.
+    """
+
+    image: Tensor
+    text: Tensor
+    spread: float
+
+    @classmethod
+    def of(cls, cache: FeatureCache, texts: Tensor) -> "Gap":
+        """From a cache and the text embeddings (B, D) of its base classes.
+
+        The cache does not hold which class a base box is of: it is taken for the one whose text it is nearest to, so
+        that a class with many boxes weighs no more than another. Raises HdovdError for a cache without base boxes.
+        """
+        ids = cache.image_ids()
+        some = ids[:: max(1, len(ids) // SAMPLED_IMAGES)].tolist()
+        found = np.concatenate([cache.instances(number).base_boxes().embedding for number in some])
+        rows = torch.from_numpy(normalised_rows(found[found.any(axis=1)]))  # zeros: of pictures that could not be read
+        if not len(rows):
+            raise HdovdError(f"{cache.url} has no embeddings of base boxes: examples are compared with them")
+        near = (rows @ texts.T).argmax(dim=1)
+        image = F.normalize(torch.stack([rows[near == label].mean(dim=0) for label in near.unique()]), dim=1).mean(
+            dim=0
+        )
+        text = texts.mean(dim=0)
+        return cls(image, text, float((texts - text).norm(dim=1).mean()))
+
+    def moved(self, rows: Tensor) -> Tensor:
+        """Image embeddings (K, D), as normalised rows (K, D) among texts."""
+        return F.normalize(self.text + self.spread * F.normalize(rows - self.image, dim=1), dim=1)
 
 
 class NameEmbedder:
@@ -216,7 +352,6 @@ class NameEmbedder:
         self._rows = run.class_embeddings()
         self._place = {folded(name): row for row, name in reversed([*enumerate(run.protocol().names)])}
         self._clip: Teacher | None = None
-        self._sees = False  # whether that is with its image tower
 
     @cached_property
     def _gap(self) -> tuple[FeatureCache, Gap]:
@@ -242,8 +377,7 @@ class NameEmbedder:
         crop.
         """
         cache, gap = self._gap
-        if not self._sees or self._clip is None:
-            self._clip, self._sees = load_text_tower(self._run, self._given, self._device, True), True
+        self._clip = self._clip or load_run_clip(self._run, self._given, self._device)
         rows = gap.moved(embed_examples(examples, self._clip, cache))
         return rows if mix == 1 else F.normalize(mix * rows + (1 - mix) * self.embed(examples.names), dim=1)
 
@@ -252,58 +386,56 @@ class NameEmbedder:
         return self._rows[[self._place[folded(name)] for name in names]].float()
 
     def forget_clip(self) -> None:
-        """Free the memory of the text tower; it is loaded again when it is needed."""
-        self._clip, self._sees = None, False
+        """Free its memory; it is loaded again when it is needed."""
+        self._clip = None
 
     def _others(self, names: Sequence[str], strange: list[str]) -> dict[str, Tensor]:
         """Of the names that are no classes of the run, or of all, if they are wanted in other prompts than its."""
-        inputs = class_level(self._run)[0]
-        templates = self._templates(inputs.get("templates"))
-        others = list(names) if list(templates) != inputs.get("templates", list(templates)) else strange
-        if not others:
-            return {}
-        identity = clip_identity(inputs)
-        folder = (
-            self._kept_in
-            / "names"
-            / key_of({"clip": identity, "templates": list(templates), "tokens": inputs.get("tokens")})
-        )
-        texts = {name: str(said(name)) for name in others}
-        asked = list(dict.fromkeys(texts.values()))
-        files = {text: folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors" for text in asked}
-        found = {
-            name: row
-            for name, file in files.items()
-            if identity and (row := kept_row(file, name, self.dim)) is not None
-        }
-        new = self._by_clip([text for text in asked if text not in found], templates)
-        if identity:
-            keep_rows(files, new)
-        log(
-            f"{len(asked)} name{'s' * (len(asked) > 1)} not of the run's class embeddings: {len(new)} embedded now, "
-            f"{len(found)} embedded before; prompts: {shorten(list(templates), 3)}"
-        )
-        rows = found | new
-        return {name: torch.from_numpy(rows[text].astype(np.float32)) for name, text in texts.items()}
-
-    def _templates(self, of_run: list[str] | None) -> tuple[str, ...]:
-        if self._asked is None and of_run is None:
+        inputs, others = class_level(self._run)[0], strange
+        of_run = inputs.get("templates")
+        templates = tuple(self._asked or of_run or ())
+        if not templates:
             raise HdovdError(
                 f"{self._run.path}: the class embeddings came from a file, so there are no prompts for other names: "
                 f"give --templates, or --class-embeddings with a row for each name"
             )
-        if self._asked is not None and of_run is not None and list(self._asked) != list(of_run):
+        if of_run is not None and templates != tuple(of_run):
             log("note: --templates are not the prompts that the run's classes were embedded with")
-        return tuple(of_run or ()) if self._asked is None else self._asked
+            others = [*names]
+        if not others:
+            return {}
+        identity, kept = clip_identity(inputs), dict[str, Tensor]()
+        made_by = key_of({"clip": identity, "templates": list(templates), "tokens": inputs.get("tokens")})
+        file = self._kept_in / "names" / f"{made_by}.safetensors"
+        try:
+            if identity and file.is_file():
+                kept = load_tensors(file)
+        except Exception:  # safetensors has errors of its own, for a file that others delete meanwhile too
+            log(f"note: {file} is damaged: names are embedded anew")
+        texts = {name: str(said(name)) for name in others}
+        asked = list(dict.fromkeys(texts.values()))
+        new = self._by_clip([text for text in asked if text not in kept], templates)
+        rows = kept | new
+        try:
+            if identity and new:
+                replace_file(file, partial(save_tensors, rows), writer=str(os.getpid()))
+        except HdovdError as error:
+            log(f"note: text embeddings are not kept for the next time ({error})")
+        log(
+            f"{len(asked)} name{'s' * (len(asked) > 1)} not of the run's class embeddings: {len(new)} embedded now, "
+            f"{len(asked) - len(new)} embedded before; prompts: {shorten(list(templates), 3)}"
+        )
+        return {name: rows[text].float() for name, text in texts.items()}
 
-    def _by_clip(self, names: list[str], templates: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def _by_clip(self, names: list[str], templates: tuple[str, ...]) -> dict[str, Tensor]:
         """(D,) float16 each."""
         if not names:
             return {}
-        self._clip = self._clip or load_text_tower(self._run, self._given, self._device)
+        self._clip = self._clip or load_run_clip(self._run, self._given, self._device)
         if self._clip.dim != self.dim:
             raise HdovdError(
                 f"this CLIP embeds in {self._clip.dim} values, the run has {self.dim}: it is not the CLIP of the run"
             )
         log(*self._clip.prompt_notes(names, templates))
-        return dict(zip(names, self._clip.embed_names(names, templates).astype(np.float16), strict=True))
+        rows = torch.from_numpy(self._clip.embed_names(names, templates).astype(np.float16))
+        return dict(zip(names, rows, strict=True))

@@ -54,17 +54,15 @@ class FrameQueue:
     """
 
     def __init__(self, most: int, *, live: bool) -> None:
-        self._frames, self._most, self._live = deque[Frame](), most, live
+        self._frames, self._most, self._live = deque[Frame](maxlen=most), most, live
         self._change, self._ended, self.dropped = Condition(), False, 0
 
     def put(self, frame: Frame) -> bool:
         """Whether more is wanted."""
         with self._change:
-            if self._live and len(self._frames) == self._most:
-                self._frames.popleft()
-                self.dropped += 1
-            self._change.wait_for(lambda: len(self._frames) < self._most or self._ended)
-            self._frames.append(frame)
+            self._change.wait_for(lambda: self._live or len(self._frames) < self._most or self._ended)
+            self.dropped += self._live and len(self._frames) == self._most
+            self._frames.append(frame)  # in the place of the oldest, if it is full
             self._change.notify_all()
             return not self._ended
 
@@ -98,7 +96,12 @@ class _Reader:
         """Until the end, an error, or nobody wants more."""
         try:
             for packet in self._container.demux(self.stream):
-                for made in map(self._made, self._frames_of(packet)):
+                try:
+                    frames = packet.decode()
+                except av.error.InvalidDataError:  # a stream that is joined between two key frames has such, too
+                    self.damaged += 1
+                    continue
+                for made in map(self._made, frames):
                     if made.number % self._every == 0 and not self.queue.put(made):
                         return
             if self.frames < self.stream.frames:  # FFmpeg takes a file that was cut short for one that ends
@@ -107,13 +110,6 @@ class _Reader:
             self.reason = _reason(error)
         finally:
             self.queue.end()
-
-    def _frames_of(self, packet: Any) -> list[Any]:
-        try:
-            return list(packet.decode())
-        except av.error.InvalidDataError:  # a stream that is joined between two key frames has such, too
-            self.damaged += 1
-            return []
 
     def _made(self, frame: Any) -> Frame:
         first = self._first = self._first or frame
@@ -158,9 +154,14 @@ def _reason(error: Exception) -> str:
 
 
 def _line(frame: Frame, found: NamedDetections, time_base: Fraction) -> str:
-    boxes = [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in found.boxes.tolist()]
-    head = {"frame": frame.number, "time": round(float(frame.pts * time_base), 6), "boxes": boxes}
-    return json.dumps(head | {"classes": found.names, "scores": found.scores.tolist()}) + "\n"
+    line = {
+        "frame": frame.number,
+        "time": round(float(frame.pts * time_base), 6),
+        "boxes": [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in found.boxes.tolist()],
+        "classes": found.names,
+        "scores": found.scores.tolist(),
+    }
+    return json.dumps(line) + "\n"
 
 
 def detect_in_video(
@@ -179,13 +180,12 @@ def detect_in_video(
     HdovdError if a file cannot be written.
     """
     url = file.url or ""
-    source = url.replace("camera:", "/dev/video") if (camera := url.startswith("camera:")) else url
-    options = {"rtsp_transport": "tcp"} if url else {"protocol_whitelist": "file"}  # a file may name no addresses
     try:
         container = av.open(
-            source or os.path.abspath(file.path),
-            format="v4l2" if camera else None,
-            options=options,
+            url.replace("camera:", "/dev/video") or os.path.abspath(file.path),
+            format="v4l2" if url.startswith("camera:") else None,
+            # A file may name no addresses.
+            options={"rtsp_transport": "tcp"} if url else {"protocol_whitelist": "file"},
             timeout=TIMEOUT_S if url else None,
         )
     except (av.error.FFmpegError, ValueError) as error:
@@ -199,16 +199,13 @@ def detect_in_video(
         reading, time_base = threads.submit(reader.run), reader.stream.time_base
         bar = files.enter_context(progress(None, "detect", "frame", total=reader.stream.frames // every or None))
         while frames := reader.queue.take(batch_size, stop):
-            found, last = look([frame.picture for frame in frames]), frames[-1]
+            pictures, last = [frame.picture for frame in frames], frames[-1]
+            found = look(pictures)
             with writing(to):
                 to.parent.mkdir(parents=True, exist_ok=True)
-                lines = lines or files.enter_context(to.with_name(f"{to.name}.jsonl").open("w"))
+                lines = lines or files.enter_context(to.with_name(f"{to.name}.jsonl").open("w", buffering=1))
                 lines.writelines(_line(*both, time_base) for both in zip(frames, found, strict=True))
-                lines.flush()
-                for frame, one in zip(frames, found, strict=True):
-                    if draw is None:
-                        break
-                    canvas = draw(frame.picture, one)
+                for frame, canvas in zip(frames, map(draw, pictures, found) if draw else (), strict=False):
                     movie = movie or files.enter_context(closing(_Movie(to, canvas, reader.rate, time_base)))
                     movie.add(canvas, frame.pts)
             bar.update(len(frames))

@@ -90,9 +90,15 @@ def read_boxes(config: ExportLabelsConfig) -> tuple[dict[str, int], Pictures]:
             left[why or f"score below {config.min_score:g}"] += 1
             continue
         x, y, right, lower = sides
-        parts = [x / width, y / height, (right - x) / width, (lower - y) / height]
-        about = {"name": checked_name(name, where), "score": score, "other": entry.get("other", "")}
-        picture["boxes"].append(about | {"sides": sides, "parts": parts})
+        picture["boxes"].append(
+            {
+                "name": checked_name(name, where),
+                "score": score,
+                "other": entry.get("other", ""),
+                "sides": sides,
+                "parts": [x / width, y / height, (right - x) / width, (lower - y) / height],
+            }
+        )
     for why, times in sorted(left.items()):
         log(f"left out: {counted(times, 'box', 'boxes')}: {why}")
     shown = [one for one in pictures.values() if one["boxes"] or every]
@@ -135,9 +141,8 @@ def _pseudo_boxes(cache: FeatureCache, split: Split) -> Iterator[dict[str, Any]]
     for image in split.images:
         rows = cache.instances(image.id)
         for row in np.flatnonzero(rows.noun >= 0).tolist():
-            left, top, right, lower = rows.box[row].tolist()
             about = {"name": nouns[rows.noun[row]] if nouns else "", "score": float(rows.noun_cosine[row])}
-            yield {"image_id": image.id, "bbox": [left, top, right - left, lower - top], **about}
+            yield {"image_id": image.id, "box": rows.box[row].tolist(), **about}
 
 
 def _fiftyone(config: ExportLabelsConfig, names: dict[str, int], pictures: Pictures) -> None:

@@ -101,7 +101,8 @@ class ProposeConfig(NetworkOptions, DataOptions):
         if self.trained or not self.report:
             self.data.locate("train2017")
         for file in self.checkpoint:
-            require_network(file)
+            if not file.is_file():
+                raise HdovdError(f"no file {file}: expected a network of hdovd propose (NAME.oln.safetensors)")
 
     def _check_report(self) -> None:
         if self.validation is None:
@@ -119,8 +120,7 @@ class ProposeConfig(NetworkOptions, DataOptions):
     @property
     def trained(self) -> tuple[Detector, ...]:
         """The kinds of network that are to be trained, or were: OLN unless something else is asked for."""
-        wanted = self.detector if self.detector or self.checkpoint else (Detector.OLN,)
-        return tuple(dict.fromkeys(wanted))
+        return tuple(dict.fromkeys(self.detector if self.detector or self.checkpoint else (Detector.OLN,)))
 
     def beside(self, ending: str) -> Path:
         """A file that belongs to the proposals: proposals.json has its OLN in proposals.oln.safetensors."""
@@ -128,12 +128,6 @@ class ProposeConfig(NetworkOptions, DataOptions):
         return self.out.with_name(f"{self.out.stem}.{ending}")
 
     def selection(self) -> dict[str, float]:
-        """What is given of what is kept of what a network finds; the rest is chosen (`selection.choose`)."""
+        """What is given of what is kept of what a network finds; the rest is chosen (`propose.choose`)."""
         given = {"top": self.top, "overlap": self.overlap, "min_side": self.min_side, "min_score": self.min_score}
         return {name: value for name, value in given.items() if value is not None}
-
-
-def require_network(file: Path) -> None:
-    """Raises HdovdError if there is no such file."""
-    if not file.is_file():
-        raise HdovdError(f"no file {file}: expected a network that hdovd propose trained (NAME.oln.safetensors)")

@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import hash_file
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
-from hdovd.config.recipe import Recipe
 from hdovd.core import __version__
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.core.log import log, quiet
@@ -43,9 +43,8 @@ from hdovd.pipelines.extraction.pseudo_labels import rows_of_classes, write_verd
 from hdovd.pipelines.extraction.source import CacheSource, extraction_of, laid_over, set_of_run
 from hdovd.pipelines.nouns.allowed import offered_nouns
 from hdovd.pipelines.proposal_files.file import Proposals, read_table, write_proposals
-from hdovd.pipelines.proposals.networks import require_some_readable
-from hdovd.pipelines.proposals.propose import Parts, found_parts
-from hdovd.pipelines.proposals.selection import USUAL, Selection
+from hdovd.pipelines.proposals.networks import Pictures, boxes_by_class, require_some_readable
+from hdovd.pipelines.proposals.propose import USUAL, Parts, Selection, find_parts
 from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
 from hdovd.pipelines.runs.folder import RunFolder, weights_hash
 
@@ -64,7 +63,7 @@ class Round:
     offered: Mapping[int, Sequence[int]]
 
     def __call__(self, image: ImageBoxes, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
-        """Of boxes (n, 4) and scores (n, 1 + N) of `Finder.propose` those to keep, best first, their scores, with 1
+        """Of boxes (n, 4) and scores (n, 1 + N) of `object_scores` those to keep, best first, their scores, with 1
         added where a box is that of an offered noun, and of each names with their scores, that of all other names, and
         that of backgrounds: the odds of there being no object, against all names together.
         """
@@ -97,32 +96,21 @@ class Round:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class Finder:
-    """A detector as a proposal network. texts: (C, D) of `base` classes and of N nouns that name none."""
+@torch.inference_mode()
+def object_scores(detector: Detector, texts: Tensor, base: int, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Of each image boxes (n, 4) xyxy pixels, and (n, 1 + N): how likely each is an object, and its scores for N nouns.
 
-    detector: Detector
-    texts: Tensor
-    base: int
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.detector.recipe
-
-    @torch.inference_mode()
-    def propose(self, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Of each image boxes (n, 4) xyxy pixels, and (n, 1 + N): how likely each is an object, and its scores for the
-        N nouns.
-        """
-        config, is_noun = self.recipe.inference, torch.arange(len(self.texts), device=self.texts.device) >= self.base
-        found = []
-        for one in self.detector.predict(images, self.texts):
-            names = one.class_probability
-            if one.distillation_score is not None:
-                names = combine_scores(names, one.distillation_score, is_noun, config.alpha, config.beta)
-            objects = one.class_probability[:, :-1].sum(dim=1, keepdim=True)
-            found.append((one.boxes.float(), torch.cat([objects, names[:, self.base : -1]], dim=1).float()))
-        return found
+    texts: (C, D) of `base` classes and of N nouns that name none.
+    """
+    config, is_noun = detector.recipe.inference, torch.arange(len(texts), device=texts.device) >= base
+    found = []
+    for one in detector.predict(images, texts):
+        names = one.class_probability
+        if one.distillation_score is not None:
+            names = combine_scores(names, one.distillation_score, is_noun, config.alpha, config.beta)
+        objects = one.class_probability[:, :-1].sum(dim=1, keepdim=True)
+        found.append((one.boxes.float(), torch.cat([objects, names[:, base:-1]], dim=1).float()))
+    return found
 
 
 def relabel(config: RelabelConfig) -> tuple[ExtractReport, str]:
@@ -168,10 +156,9 @@ def _propose(
     config: RelabelConfig, run: RunFolder, made: ExtractConfig, number: int, us: Team, stop: StopSignal
 ) -> None:
     """Write the files of the round after the set that `made` makes, unless they are there."""
-    name = made.features
-    cache = FeatureCache(config.cache, name)
-    split, protocol = CacheSource(config.cache, name, config.data, config.protocol).load_for(cache)
-    require_some_readable(split)
+    cache, recipe = FeatureCache(config.cache, made.features), run.recipe()
+    split, protocol = CacheSource(config.cache, made.features, config.data, config.protocol).load_for(cache)
+    require_some_readable(split, recipe)
     nouns, base = cache.names(Level.NOUN), protocol.base
     synonyms = cache.key_inputs(Level.CLASS).get("synonyms", {})
     of_class = rows_of_classes(nouns, [(own, *synonyms.get(own, ())) for own in base])
@@ -179,11 +166,10 @@ def _propose(
     others = [row for row in range(len(nouns)) if row not in taken]
     if not others:
         raise HdovdError(
-            f"set {name} of {cache.url} has nouns of base classes and backgrounds alone, to name nothing by"
+            f"set {made.features} of {cache.url} has nouns of base classes and backgrounds alone, to name nothing by"
         )
     selection = _selection(cache.set)
-    origin = _origin(config, run, cache.set, split, base, number) | {"selection": asdict(selection)}
-    origin["labels"] = cache.key(Level.PSEUDO_LABEL)  # which follows from the nouns that images offer
+    origin = _origin(config, run, cache, split, base, number) | {"selection": asdict(selection)}
     if _is_there(config, origin):
         log(f"{config.proposals}: the boxes and names of this round are there")
         return
@@ -192,21 +178,26 @@ def _propose(
     own = torch.from_numpy(cache.embeddings(Level.NOUN))[others]
     texts = torch.cat([run.class_embeddings()[: len(base)], own]).float()
     detector = load_detector(run, texts.shape[1], us.device, config.weights.file)
-    finder = Finder(detector.eval(), texts.to(us.device), len(base))
-    folder = config.proposals.with_name(f"{config.proposals.stem}.parts")
+    find = partial(object_scores, detector.eval(), texts.to(us.device), len(base))
     kept = Round(selection, [nouns[row] for row in others], _to_find(cache, split, texts, others, offered))
-    found_as = origin | {"background": True}  # what parts tell: those of before are made anew
-    parts = found_parts(folder, split, run.recipe(), found_as, finder, selection, us, stop, kept)
+    folder, found_as = config.proposals.with_name(f"{config.proposals.stem}.parts"), origin | {"background": True}
+    parts = Parts(folder, split, recipe.train.batch_size, found_as)  # which tell it: those of before are made anew
+    find_parts(parts, Pictures(split, recipe), find, recipe, us, stop, kept, "relabel")
     if us.leads:
-        before = sum(cache.counts(Source.PROPOSAL).values())
-        _write(config, parts, before, objects_per_mention(split, of_class, offered), origin)
+        _write(
+            config,
+            parts,
+            sum(cache.counts(Source.PROPOSAL).values()),
+            objects_per_mention(split, of_class, offered),
+            origin,
+        )
 
 
 def _to_find(
     cache: FeatureCache, split: Split, texts: Tensor, others: list[int], offered: Mapping[int, Sequence[int]]
 ) -> dict[int, list[int]]:
     """By image the nouns, by place in `others`, that its captions hold and no base box of it is likelier to be than
-    any base class, as a box of a person is a man: the captions may mean that. texts: as in `Finder`.
+    any base class, as a box of a person is a man: the captions may mean that. texts: as in `object_scores`.
     """
     place, found = {row: k for k, row in enumerate(others)}, dict[int, list[int]]()
     base, named = texts[: len(texts) - len(others)], texts[len(texts) - len(others) :]
@@ -242,7 +233,7 @@ def _write(config: RelabelConfig, parts: Parts, before: int, per_mention: float 
     many as `before`; all, if there are fewer.
     """
     found = dict[int, Proposals]()
-    for part in parts.numbers():
+    for part in parts.numbers:
         boxes, told = parts.read(part)
         found |= boxes
         log(*(f"skipped: {problem}" for problem in told["unreadable"]))
@@ -252,13 +243,11 @@ def _write(config: RelabelConfig, parts: Parts, before: int, per_mention: float 
     offered = int((ranks > 1).sum())
     wanted = round(offered * per_mention) if offered and per_mention else before
     best = np.argsort(-ranks, kind="stable")[: max(wanted, offered)]  # of equal scores the first images'
-    counts = np.bincount(
-        np.repeat(np.arange(len(found)), [len(own.scores) for own in found.values()])[best], minlength=len(found)
-    )
-    most, scores = dict(zip(found, counts.tolist(), strict=True)), _scores(ranks[best])
+    image_of = np.repeat(list(found), [len(own.scores) for own in found.values()])
+    most, scores = Counter(image_of[best].tolist()), _scores(ranks[best])
 
     def lines() -> Iterator[tuple[int, list[float], dict[str, float], float, float]]:
-        for part in parts.numbers():  # once more: names of millions of boxes would take gigabytes
+        for part in parts.numbers:  # once more: names of millions of boxes would take gigabytes
             boxes, told = parts.read(part)
             for (image_id, own), names in zip(boxes.items(), told["names"], strict=True):
                 box = own.boxes[: most[image_id]].astype(np.float64)  # best first
@@ -288,10 +277,10 @@ def _scores(ranks: np.ndarray) -> np.ndarray:
 
 
 def _origin(
-    config: RelabelConfig, run: RunFolder, features: FeatureSet, split: Split, base: tuple[str, ...], number: int
+    config: RelabelConfig, run: RunFolder, cache: FeatureCache, split: Split, base: tuple[str, ...], number: int
 ) -> dict[str, Any]:
     """What made the proposals of a round, as JSON has it; what `hdovd audit` asks for."""
-    counts, recipe = Counter(label for image in split.images for label in image.labels.tolist()), run.recipe()
+    recipe = run.recipe()
     return {
         "detector": f"run of {recipe.detector.name}",
         "run": str(run.path.resolve()),
@@ -300,11 +289,12 @@ def _origin(
         "protocol": {"name": run.protocol().name, "base": list(base)},
         "annotations": {"file": str(split.annotations.resolve()), "sha256": hash_file(split.annotations)},
         "training_images": len(split.images),
-        "training_boxes": {base[label]: counts[label] for label in sorted(counts)},
+        "training_boxes": boxes_by_class(split, base),
         "oracle": run.saw_novel,
         "init": (run.record().get("init") or {}).get("run"),
         "backbone": {"name": recipe.detector.backbone.name, "weights": str(recipe.detector.backbone.weights)},
-        "before": features.proposals,
+        "before": cache.set.proposals,
+        "labels": cache.key(Level.PSEUDO_LABEL),  # which follows from the nouns that images offer
         "hdovd": __version__,
     }
 
@@ -319,10 +309,8 @@ def _selection(features: FeatureSet) -> Selection:
 
 
 def _is_there(config: RelabelConfig, origin: dict[str, Any]) -> bool:
-    """Whether the files are those of this round; damaged ones are made again."""
-    try:
-        made_by = read_table(config.proposals).made_by or {}
-        verdicts = {"verdicts_sha256": hash_file(config.verdicts)}
-    except (HdovdError, OSError):
+    """Whether the files are those of this round."""
+    if not (config.proposals.is_file() and config.verdicts.is_file()):
         return False
+    made_by, verdicts = read_table(config.proposals).made_by or {}, {"verdicts_sha256": hash_file(config.verdicts)}
     return made_by | {"selection": None} == origin | {"selection": None} | verdicts

@@ -111,7 +111,8 @@ class SearchConfig(ClipOptions, CacheSource):
             )
         if self.untypical is not None and self.class_ is not None:
             raise HdovdError("--untypical CLASS says the class already: leave --class out")
-        if self.duplicates is Duplicates.PICTURES and self.filters:
+        filters = (self.source, self.noun, self.class_, self.min_side, self.score)
+        if self.duplicates is Duplicates.PICTURES and filters != (None, None, None, 0, -inf):
             raise HdovdError("--duplicates pictures compares whole pictures: filters are for --duplicates boxes")
         if self.box is not None and len(self.image) != 1:
             raise HdovdError("--box is a box of --image: give one --image with it")
@@ -120,11 +121,6 @@ class SearchConfig(ClipOptions, CacheSource):
     def is_query(self) -> bool:
         """Whether it is asked for what is like, or unlike, something."""
         return bool(self.queries or self.image or self.like or self.embeddings or self.not_)
-
-    @property
-    def filters(self) -> bool:
-        """Whether only some of the boxes are asked for."""
-        return (self.source, self.noun, self.class_, self.min_side, self.score) != (None, None, None, 0, -inf)
 
     @property
     def question(self) -> str:

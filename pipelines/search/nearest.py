@@ -9,8 +9,6 @@ n rows of a block, Q queries, D embedding size.
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -19,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
-from hdovd.cache.schema import INDEX, STORED_NORM_TOLERANCE, Level
+from hdovd.cache.schema import INDEX, Level
 from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import log
@@ -32,12 +29,9 @@ from hdovd.pipelines.common.console import size
 from hdovd.pipelines.extraction.source import CacheSet
 
 BLOCK_ROWS = 1_024  # as float32 they fit in a processor's cache
-BLOCKS_AT_ONCE = 16  # that threads share
 MOST_COMPARED = 200_000  # rows that are compared each with each
 Choice = Callable[[InstanceRows], np.ndarray]  # rows -> (n,) bool, those that are asked for
-Value = Callable[
-    [InstanceRows, np.ndarray], np.ndarray
-]  # rows, cosines (n, Q) -> (n,), what they are ranked by; it scales with them
+Value = Callable[[InstanceRows, np.ndarray], np.ndarray]  # rows, cosines (n, Q) -> (n,), what they are ranked by
 
 
 @dataclass(slots=True)
@@ -48,19 +42,13 @@ class Best:
     values: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    @property
-    def enough(self) -> float:
-        """What a value has to exceed to be kept."""
-        return float(self.values[-1]) if len(self.values) == self.count else -np.inf
-
     def add(self, values: np.ndarray, rows: np.ndarray) -> None:
         """values (n,), rows (n,) or (n, 2). Values that are no numbers are left out."""
-        found = np.flatnonzero(values > self.enough)
-        if len(found):
-            values = np.concatenate([self.values, values[found]])
-            rows = np.concatenate([self.rows.reshape(-1, *rows.shape[1:]), rows[found]])
-            order = np.argsort(-values, kind="stable")[: self.count]
-            self.values, self.rows = values[order], rows[order]
+        known = ~np.isnan(values)
+        values = np.concatenate([self.values, values[known]])
+        rows = np.concatenate([self.rows.reshape(-1, *rows.shape[1:]), rows[known]])
+        order = np.argsort(-values, kind="stable")[: self.count]
+        self.values, self.rows = values[order], rows[order]
 
     def pairs(self) -> Iterator[tuple[float, Any]]:
         """Value and row, best first."""
@@ -70,48 +58,21 @@ class Best:
 def best_rows(cache: FeatureCache, queries: np.ndarray, count: int, value: Value) -> Best:
     """The rows with the largest `value` of their cosines with queries (Q, D) of norm 1; none whose picture could not be
     read.
-
-    Rows are stored rounded, so their norms are 1 but for STORED_NORM_TOLERANCE: `value` is asked with plain products,
-    and the norm is taken of those rows alone that may be among the best.
     """
-    columns = torch.from_numpy(np.ascontiguousarray(queries.T, np.float32))
-    best, threads = Best(count), torch.get_num_threads()
-    wide = torch.empty(threads, BLOCK_ROWS, len(columns))
-    with _single_threads(threads) as pool:
-        for start, rows in cache.blocks(BLOCKS_AT_ONCE * BLOCK_ROWS):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written there
-                stored = torch.from_numpy(rows.embedding)
-            cosines = torch.empty(len(stored), len(queries))
-            list(pool.map(partial(_multiply, columns), stored.chunk(threads), cosines.chunk(threads), wide))
-            found = value(rows, cosines.numpy())
-            near = np.flatnonzero(found + 2 * STORED_NORM_TOLERANCE * np.abs(found) > best.enough)
-            with np.errstate(divide="ignore", invalid="ignore"):  # rows of zeros
-                best.add(found[near] / np.linalg.norm(rows.embedding[near].astype(np.float32), axis=1), start + near)
+    columns, best = torch.from_numpy(np.ascontiguousarray(queries.T, np.float32)), Best(count)
+    wide = torch.empty(BLOCK_ROWS, len(columns))  # memory that is new for every block costs more than the product
+    for start, rows in cache.blocks(BLOCK_ROWS):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written there
+            some = wide[: len(rows.box)].copy_(torch.from_numpy(rows.embedding))
+        cosines = some @ columns / some.norm(dim=1, keepdim=True)  # of rows of zeros no numbers
+        best.add(value(rows, cosines.numpy()), start + np.arange(len(some)))
     return best
-
-
-def _multiply(columns: Tensor, stored: Tensor, cosines: Tensor, wide: Tensor) -> None:
-    """Products of stored rows (n, D) with columns (D, Q) into `cosines` (n, Q), through `wide` (BLOCK_ROWS, D): memory
-    that is new for every block costs more than the product.
-    """
-    for some, out in zip(stored.split(BLOCK_ROWS), cosines.split(BLOCK_ROWS), strict=True):
-        torch.mm(wide[: len(some)].copy_(some), columns, out=out)
 
 
 def nearest_rows(cache: FeatureCache, query: np.ndarray, count: int, chosen: Choice) -> Best:
     """The chosen rows with the largest cosines with `query` (D,) of norm 1."""
     return best_rows(cache, query[None], count, lambda rows, found: np.where(chosen(rows), found[:, 0], np.nan))
-
-
-@contextmanager
-def _single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that each do what torch is asked for alone: to share work as small as a block's costs more than it."""
-    try:
-        with ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(count)  # torch gives threads of later the number that was set last
 
 
 def mean_row(cache: FeatureCache, chosen: Choice) -> np.ndarray:
@@ -254,9 +215,9 @@ def _measure(cache: FeatureCache, index: RowIndex) -> None:
         for best in (index.best, partial(nearest_rows, cache)):
             found.append([best(query, COUNT, lambda rows: np.ones(len(rows.box), bool)) for query in asked])
             times.append(time.perf_counter())
-        right = [np.isin(exact.rows, one.rows).mean() for one, exact in zip(*found, strict=True)]
+        recall = np.mean([np.isin(exact.rows, one.rows) for one, exact in zip(*found, strict=True)])
         fast, slow = len(queries) / np.diff(times)
         log(
-            f"recall@{COUNT} against the exact scan: {np.mean(right):.3f} by {len(queries)} of its {kind}; queries a "
+            f"recall@{COUNT} against the exact scan: {recall:.3f} by {len(queries)} of its {kind}; queries a "
             f"second, one after another: {fast:.1f} by the index, {slow:.1f} by the exact scan"
         )

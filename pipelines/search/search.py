@@ -68,14 +68,8 @@ class Hit:
 def write_results(file: Path, hits: Sequence[Hit]) -> None:
     """COCO results form, with the names that `hdovd export-labels` takes."""
     results = [
-        {
-            "image_id": hit.image_id,
-            "category_id": 1,
-            "name": hit.name,
-            "other": hit.other,
-            "bbox": [left, top, right - left, bottom - top],
-            "score": hit.cosine,
-        }
+        {"image_id": hit.image_id, "category_id": 1, "name": hit.name, "other": hit.other}
+        | {"bbox": [left, top, right - left, bottom - top], "score": hit.cosine}
         for hit in hits
         for left, top, right, bottom in [hit.box]
     ]
@@ -104,23 +98,18 @@ def search_lines(hits: Sequence[Hit], config: SearchConfig) -> list[str]:
     return lines if rows else [f"nothing found: {config.question}"]
 
 
-def write_crops(
-    file: Path, title: str, hits: Sequence[Hit], images: Mapping[int, ImageBoxes], read: Callable[[int], Image.Image]
-) -> None:
-    """Write the hits with their crops. `images`, `read`: the picture of an id; one that cannot be read is said in its
-    place.
-    """
+def write_crops(file: Path, title: str, hits: Sequence[Hit], searched: "Searched") -> None:
+    """Write the hits with their crops; a picture that cannot be read is said in its place."""
     pictures, cards = dict[int, dict[str, Any]](), []
     for hit in hits:
-        crop = problem = ""
+        card = {"hit": hit, "crop": "", "problem": ""}
         try:
-            picture = read(hit.image_id)
+            picture = searched.picture(hit.image_id)
+            card["crop"], image = crop_of(picture, hit), searched.images[hit.image_id]
+            pictures[hit.image_id] = {"data": small_picture_data(picture, PICTURE_SIDE), "image": image}
         except HdovdError as error:
-            problem = str(error)
-        else:
-            crop = crop_of(picture, hit)
-            pictures[hit.image_id] = {"data": small_picture_data(picture, PICTURE_SIDE), "image": images[hit.image_id]}
-        cards.append({"hit": hit, "crop": crop, "problem": problem})
+            card["problem"] = str(error)
+        cards.append(card)
     write_page(file, "search.html", {"title": title, "cards": cards, "pictures": pictures})
 
 
@@ -128,9 +117,6 @@ def crop_of(picture: Image.Image, hit: Hit) -> str:
     """The hit's box of its picture, a pixel at least, as a data: address."""
     left, top, right, bottom = map(round, hit.box)
     return small_picture_data(picture.crop((left, top, max(right, left + 1), max(bottom, top + 1))), CROP_SIDE)
-
-
-NEAR_NAMES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +162,7 @@ def search(config: SearchConfig) -> list[Hit]:
         if config.coco is not None:
             write_results(config.coco, hits)
         if config.out is not None:
-            write_crops(config.out, config.question, hits, searched.images, searched.picture)
+            write_crops(config.out, config.question, hits, searched)
     return hits
 
 
@@ -276,7 +262,7 @@ def _choice(config: SearchConfig, searched: Searched) -> Choice:
 def _number(name: str, names: Sequence[str], what: str) -> int:
     """The place of a name. Raises HdovdError naming those that are near."""
     if name not in names:
-        near = get_close_matches(name, names, NEAR_NAMES, cutoff=0.3) or list(names)
+        near = get_close_matches(name, names, cutoff=0.3) or list(names)
         raise HdovdError(
             f"{name}: no {what} of this set; " + (f"the nearest: {shorten([*near])}" if near else "none is")
         )
@@ -370,9 +356,10 @@ def _embed_picture(clip: Teacher, cache: FeatureCache, file: Path, data: bytes |
         )
     height, width = picture.pixels.shape[1:]  # fewer than the picture's, if it is a large one
     scale = np.array([width / picture.width, height / picture.height] * 2, np.float32)
-    boxes = scale * np.array([[left, top, left + wide, top + high]], np.float32)
-    image = ImageBoxes(0, file.name, width, height, boxes, np.zeros(1, np.int64), np.zeros(1, np.int64))
-    pictures = Pictures([image], lambda _: file, np.array([0, 1]), boxes)
+    boxes, one = scale * np.array([[left, top, left + wide, top + high]], np.float32), np.zeros(1, np.int64)
+    pictures = Pictures(
+        [ImageBoxes(0, file.name, width, height, boxes, one, one)], lambda _: file, np.array([0, 1]), boxes
+    )
     embedder = embedders_of(clip, pictures, recipe_of(cache.key_inputs(Level.INSTANCE)))[Level.INSTANCE]
-    rows, _ = embedder.embed([np.zeros(1, np.int64)], lambda *_: Picture(picture.pixels, NO_FILE))
+    rows, _ = embedder.embed([one], lambda *_: Picture(picture.pixels, NO_FILE))
     return np.asarray(rows[0])

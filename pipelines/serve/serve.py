@@ -12,6 +12,7 @@ import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, astuple, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from hdovd.pipelines.common.pages import page, small_picture_data
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.search.config import BoxSource, SearchConfig, parse_box
-from hdovd.pipelines.search.search import PICTURE_SIDE, Hit, crop_of, found, opened
+from hdovd.pipelines.search.search import PICTURE_SIDE, Searched, crop_of, found, opened
 from hdovd.pipelines.serve.config import ServeConfig
 from hdovd.pipelines.teachers.prompts import folded
 
@@ -53,93 +54,66 @@ PICTURE = "the picture"  # what an upload is called, whatever its sender calls i
 EXAMPLE = "example:"  # begins the fields of examples; what follows is the class, percent-encoded
 Texts = Mapping[str, Sequence[str]]
 Files = Mapping[str, Sequence[bytes]]
+Answer = dict[str, Any]
 
 
-class Finding:
-    """Finds things in pictures: of a run, by name or by example."""
-
-    def __init__(self, config: ServeConfig) -> None:
-        """Loads the run. Raises HdovdError."""
-        self.detector = Detector.from_run(
-            config.run or "", device=config.device, clip=config.clip, pretrained=config.pretrained, trust=config.trust
-        )
-        self._asked: object = None
-
-    def answer(self, texts: Texts, files: Files) -> dict[str, Any]:
-        """What is in `picture`: of `names`, of the classes of examples, or if there are neither of the run's classes;
-        mix, alone: as of `Detector.set_examples`. Raises HdovdError.
-        """
-        detector, names, alone = self.detector, listed(texts, "names"), bool(texts.get("alone"))
-        shown = {unquote(name[len(EXAMPLE) :]): crops for name, crops in files.items() if name.startswith(EXAMPLE)}
-        if "picture" not in files:
-            raise HdovdError("no picture was sent")
-        if strange := [name for name in texts if name.startswith(EXAMPLE)]:
-            raise HdovdError(f"{strange[0]}: expected a picture, found text")
-        if (asked := (names, shown, mix := one(texts, "mix", float, DEFAULT_MIX), alone)) != self._asked:
-            if shown:
-                detector.set_examples(shown, names=names, mix=mix, alone=alone)
-            else:
-                detector.set_classes(names or detector.protocol.names, alone=alone)
-            self._asked = asked
-        picture, novel = decode(files["picture"][0]), detector.is_novel.tolist()
-        best = detector.find([picture], detector.recipe.inference.score_threshold)[0]
-        rows = zip(best.names, best.labels.tolist(), best.scores.tolist(), best.boxes.tolist(), strict=True)
-        return {
-            "width": picture.width,
-            "height": picture.height,
-            "names": detector.names,
-            "detections": [
-                {"name": name, "novel": novel[label], "score": score, "box": box} for name, label, score, box in rows
-            ],
-        }
+def detections(detector: Detector, texts: Texts, files: Files) -> Answer:
+    """What is in `picture`: of `names`, of the classes of examples, or if there are neither of the run's classes; mix,
+    alone: as of `Detector.set_examples`. Raises HdovdError.
+    """
+    names, alone, mix = listed(texts, "names"), bool(texts.get("alone")), one(texts, "mix", float, DEFAULT_MIX)
+    shown = {unquote(name[len(EXAMPLE) :]): crops for name, crops in files.items() if name.startswith(EXAMPLE)}
+    if "picture" not in files:
+        raise HdovdError("no picture was sent")
+    if strange := [name for name in texts if name.startswith(EXAMPLE)]:
+        raise HdovdError(f"{strange[0]}: expected a picture, found text")
+    if shown:
+        detector.set_examples(shown, names=names, mix=mix, alone=alone)
+    else:
+        detector.set_classes(names or detector.protocol.names, alone=alone)
+    picture, novel = decode(files["picture"][0]), detector.is_novel.tolist()
+    best = detector.find([picture], detector.recipe.inference.score_threshold)[0]
+    rows = zip(best.names, best.labels.tolist(), best.scores.tolist(), best.boxes.tolist(), strict=True)
+    return {
+        "width": picture.width,
+        "height": picture.height,
+        "names": detector.names,
+        "detections": [
+            {"name": name, "novel": novel[label], "score": score, "box": box} for name, label, score, box in rows
+        ],
+    }
 
 
-class Searching:
-    """Finds boxes of a cache."""
+def hits(config: SearchConfig, searched: Searched, texts: Texts, files: Files) -> Answer:
+    """The hits for the parts of a query, and their crops, null for one that cannot be read: words, unlike, like, and
+    `picture` or a `box` of it; source, count. Raises HdovdError.
+    """
+    pictures = {PICTURE: files["picture"][0]} if "picture" in files else {}
+    if not pictures and not any("".join(texts.get(name, ())).strip() for name in ("words", "unlike", "like")):
+        raise HdovdError("nothing to search for: say words, or draw a box on a picture")
+    asked = replace(
+        config,
+        queries=tuple(listed(texts, "words")),
+        not_=tuple(listed(texts, "unlike")),
+        like=tuple(listed(texts, "like")),
+        image=tuple(pictures),
+        box=one(texts, "box", parse_box, None),
+        source=one(texts, "source", BoxSource, None),
+        count=max(1, min(one(texts, "count", int, 20), MOST_HITS)),
+    )
+    answers = []
+    for hit in found(asked, searched, pictures):
+        crop = None
+        with suppress(HdovdError):
+            crop = crop_of(searched.picture(hit.image_id), hit)
+        answers.append(asdict(hit) | {"crop": crop})
+    return {"hits": answers}
 
-    def __init__(self, config: ServeConfig) -> None:
-        """Opens the cache, and the annotations, which say where its pictures are. Raises HdovdError."""
-        self._config = SearchConfig(
-            cache=config.cache or "",
-            features=config.features,
-            data=config.data,
-            queries=("-",),
-            clip=config.clip,
-            pretrained=config.pretrained,
-            device=config.device,
-        )
-        self._searched = opened(self._config, pictures=True)
 
-    def answer(self, texts: Texts, files: Files) -> dict[str, Any]:
-        """The hits for the parts of a query, and their crops: words, unlike, like, and `picture` or a `box` of it;
-        source, count. Raises HdovdError.
-        """
-        pictures = {PICTURE: files["picture"][0]} if "picture" in files else {}
-        if not pictures and not any("".join(texts.get(name, ())).strip() for name in ("words", "unlike", "like")):
-            raise HdovdError("nothing to search for: say words, or draw a box on a picture")
-        asked = replace(
-            self._config,
-            queries=tuple(listed(texts, "words")),
-            not_=tuple(listed(texts, "unlike")),
-            like=tuple(listed(texts, "like")),
-            image=tuple(pictures),
-            box=one(texts, "box", parse_box, None),
-            source=one(texts, "source", BoxSource, None),
-            count=max(1, min(one(texts, "count", int, 20), MOST_HITS)),
-        )
-        return {"hits": [asdict(hit) | {"crop": self._crop(hit)} for hit in found(asked, self._searched, pictures)]}
-
-    def picture(self, image_id: int) -> dict[str, Any]:
-        """A picture of the cache, as a data: address. Raises HdovdError."""
-        picture = self._searched.picture(image_id)
-        return {"picture": small_picture_data(picture, PICTURE_SIDE), "width": picture.width, "height": picture.height}
-
-    def _crop(self, hit: Hit) -> str | None:
-        """As a data: address; None for a picture that cannot be read."""
-        try:
-            return crop_of(self._searched.picture(hit.image_id), hit)
-        except HdovdError:
-            return None
+def shown_picture(searched: Searched, image_id: int) -> Answer:
+    """A picture of the cache, as a data: address. Raises HdovdError."""
+    picture = searched.picture(image_id)
+    return {"picture": small_picture_data(picture, PICTURE_SIDE), "width": picture.width, "height": picture.height}
 
 
 def fitting(data: bytes, max_megapixels: float) -> bytes:
@@ -171,7 +145,6 @@ def listed(texts: Texts, name: str) -> list[str]:
     return [*{folded(part): checked_name(part, name) for part in parts if part}.values()]
 
 
-Answer = dict[str, Any]
 POLICY = (
     "default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; script-src 'nonce-{0}'; "
     "style-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -210,13 +183,16 @@ class Site:
         others = "" if is_local(config.host) else f"|{NUMBERS}|{re.escape(socket.gethostname())}"
         self.own = re.compile(rf"({LOCAL}|\[?{re.escape(config.host)}\]?{others})(:\d+)?", re.IGNORECASE)
         routes = [Route("/", self.page)]
+        clip: dict[str, Any] = {"clip": config.clip, "pretrained": config.pretrained, "device": config.device}
         if config.run is not None:
-            routes.append(Route("/detect", partial(self.answered, Finding(config).answer), methods=["POST"]))
+            find = partial(detections, Detector.from_run(config.run, trust=config.trust, **clip))
+            routes.append(Route("/detect", partial(self.answered, find), methods=["POST"]))
         if config.cache is not None:
-            searching = Searching(config)
+            asked = SearchConfig(cache=config.cache, features=config.features, data=config.data, queries=("-",), **clip)
+            searched = opened(asked, pictures=True)
             routes += [
-                Route("/search", partial(self.answered, searching.answer), methods=["POST"]),
-                Route("/picture/{image_id:int}", partial(self.pictured, searching.picture)),
+                Route("/search", partial(self.answered, partial(hits, asked, searched)), methods=["POST"]),
+                Route("/picture/{image_id:int}", partial(self.pictured, partial(shown_picture, searched))),
             ]
         self.app = Starlette(
             routes=routes,
@@ -241,8 +217,8 @@ class Site:
 
     async def page(self, _: Request) -> Response:
         nonce, config = secrets.token_urlsafe(16), self.config
-        context = {"nonce": nonce, "mix": DEFAULT_MIX, "config": config}
-        return HTMLResponse(page("serve.html", context), headers={"Content-Security-Policy": POLICY.format(nonce)})
+        text = page("serve.html", {"nonce": nonce, "mix": DEFAULT_MIX, "config": config})
+        return HTMLResponse(text, headers={"Content-Security-Policy": POLICY.format(nonce)})
 
     async def pictured(self, answer: Callable[[int], Answer], request: Request) -> Response:
         return await self.queued(partial(answer, request.path_params["image_id"]))
@@ -297,23 +273,24 @@ def serve(config: ServeConfig) -> None:
     try:
         listener = socket.create_server((config.host, config.port), family=kind)
     except OSError as error:
-        why = system_reason(error).partition(" (while")[0]
         raise HdovdError(
-            f"cannot listen at {config.host}, port {config.port} ({why}): give another --port (0: one "
-            "that is free), or --host"
+            f"cannot listen at {config.host}, port {config.port} "
+            f"({system_reason(error).partition(' (while')[0]}): give another --port (0: one that is free), or --host"
         ) from error
-    settings = uvicorn.Config(
-        Site(config).app,
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=STOP_S,
+    server = uvicorn.Server(
+        uvicorn.Config(
+            Site(config).app,
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=STOP_S,
+        )
     )
     if not is_local(config.host):
         log(f"note: --host {config.host}: anyone who reaches this machine can use it; there is no password")
     log(f"serving http://{shown}:{listener.getsockname()[1]} (Ctrl+C stops)")
-    uvicorn.Server(settings).run(sockets=[listener])
+    server.run(sockets=[listener])

@@ -36,7 +36,9 @@ def transfer(job: TransferConfig) -> dict[str, EvalResult]:
     job.check()
     found = {}
     for folder in job.data:
-        one = EvalConfig(
+        name = data_name(folder)
+        log(f"{name}:")
+        config = EvalConfig(
             run=job.run,
             data=DataPaths(folder),
             protocol=ZERO_SHOT,
@@ -49,9 +51,7 @@ def transfer(job: TransferConfig) -> dict[str, EvalResult]:
             weights=job.weights,
             trust=job.trust,
         )
-        name = data_name(folder)
-        log(f"{name}:")
-        found[name] = zero_shot(one)
+        found[name] = zero_shot(config)
     return found
 
 
@@ -101,15 +101,13 @@ def protocol_of(
 
 def embed(embedder: NameEmbedder, calls: Sequence[tuple[str, ...]]) -> Tensor:
     """(K, D) float32, L2-normalised: of each class the mean over what it is called."""
-    names = list(dict.fromkeys(name for own in calls for name in own))
-    rows = dict(zip(names, embedder.embed(names), strict=True))
-    return F.normalize(torch.stack([torch.stack([rows[name] for name in own]).mean(dim=0) for own in calls]), dim=1)
+    rows = embedder.embed([name for own in calls for name in own]).split([len(own) for own in calls])
+    return F.normalize(torch.stack([own.mean(dim=0) for own in rows]), dim=1)
 
 
 @cache
 def _synonyms() -> Mapping[str, tuple[str, ...]]:
-    entries = (line.partition(" = ") for line in shipped("synonyms"))
-    return {name: tuple(calls.split(", ")) for name, _, calls in entries}
+    return {name: tuple(calls.split(", ")) for name, calls in (line.split(" = ") for line in shipped("synonyms"))}
 
 
 def _calls(name: str) -> set[str]:
@@ -130,23 +128,19 @@ def transfer_table(found: Mapping[str, EvalResult]) -> str:
     """A row a data set: AP50 and AP of classes seen and unseen, and of all, all scored alike; and of all by the
     classification score alone.
     """
-    groups = (SEEN, UNSEEN, "all")
-    kinds = {"ap50": "AP50", "ap": "AP"}
+    groups, kinds, rows = (SEEN, UNSEEN, "all"), {"ap50": "AP50", "ap": "AP"}, []
     columns = [f"{kind} {group}" for kind in kinds.values() for group in (*groups, "split-blind")]
     head = ("data", "images", "classes", *columns)
-    rows = []
     for name, one in found.items():
-        combined = one.combined
-        summary, blind = combined.summary(), one.split_blind.summary()
+        summary, blind = one.combined.summary(), one.split_blind.summary()
         numbers = [
             ap(value)
             for kind in kinds
             for value in (*(summary[kind].get(group) for group in groups), blind[kind]["all"])
         ]
-        rows.append((name, f"{len(one.detections):,d}", f"{len(combined.protocol.novel):,d}", *numbers))
-    lines = table_lines(head, rows, set(head[1:]))
+        rows.append((name, f"{len(one.detections):,d}", f"{len(one.combined.protocol.novel):,d}", *numbers))
     about = (
         "AP in percent, of both scores, combined as novel classes' are; split-blind: all classes by the "
         "classification score alone; seen: the run was trained on boxes of a class that is called so"
     )
-    return "\n".join([*lines, about])
+    return "\n".join([*table_lines(head, rows, set(head[1:])), about])

@@ -151,7 +151,7 @@ OWN = {  # files that hdovd wrote itself, or that the system or the package hold
     "pipelines/export/model.py": "exported models",
     "pipelines/proposals/networks.py": "metadata of weights",
     "pipelines/audit/checks.py": "metadata of weights",
-    "pipelines/proposal_files/table.py": "metadata of .npz",
+    "pipelines/proposal_files/file.py": "metadata of .npz",
     "pipelines/common": "/proc and /sys",
     "pipelines/report/report.py": "pages that ship",
     "pipelines/hub/push.py": "the card that ships",

@@ -49,7 +49,7 @@ from hdovd.pipelines.adaptation.data import (
 from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.dataloading.loader import Draw, Streams
 from hdovd.pipelines.demo.world import BASE, NOVEL, make_world
-from hdovd.pipelines.detection.examples import Gap
+from hdovd.pipelines.detection.names import Gap
 from hdovd.pipelines.evaluation.evaluate import Validated, Validation, results
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip

@@ -23,16 +23,16 @@ from safetensors.numpy import save_file
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.detection.detect import DetectConfig, DetectionFolder, DetectResult, detect
+from hdovd.pipelines.detection.detect import DetectConfig, DetectionFolder, detect
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder
 
 
 @pytest.fixture
-def run_on(distilled: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DetectResult]:
+def run_on(distilled: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DetectionFolder]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user cache"))
 
-    def run(*images: Path, out: Path = tmp_path / "out", **changes: Any) -> DetectResult:
+    def run(*images: Path, out: Path = tmp_path / "out", **changes: Any) -> DetectionFolder:
         job = DetectConfig(
             run=distilled.path,
             images=tuple(map(str, images)),
@@ -64,7 +64,7 @@ def _table(
 
 
 def test_detections_are_those_of_evaluation(
-    run_on: Callable[..., DetectResult], distilled: RunFolder, world: Path, tmp_path: Path
+    run_on: Callable[..., DetectionFolder], distilled: RunFolder, world: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(distilled.path, tmp_path / "run"))
     evaluate(
@@ -92,7 +92,9 @@ def test_detections_are_those_of_evaluation(
 # --- the folder ---
 
 
-def test_pycocotools_reads_what_was_written(run_on: Callable[..., DetectResult], world: Path, tmp_path: Path) -> None:
+def test_pycocotools_reads_what_was_written(
+    run_on: Callable[..., DetectionFolder], world: Path, tmp_path: Path
+) -> None:
     result = run_on(world / "val2017", pictures=False)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(tmp_path / "out" / "images.json"))
@@ -120,7 +122,7 @@ def photos(world: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_unreadable_are_skipped_and_nothing_is_overwritten(
-    photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path, batch_size: int
+    photos: Path, run_on: Callable[..., DetectionFolder], tmp_path: Path, batch_size: int
 ) -> None:
     result = run_on(photos, batch_size=batch_size)
     tree = _json(tmp_path / "out" / "images.json")
@@ -141,7 +143,7 @@ def test_the_unreadable_are_skipped_and_nothing_is_overwritten(
 
 
 def test_novel_names_are_orange_and_base_names_blue(
-    distilled: RunFolder, world: Path, run_on: Callable[..., DetectResult], tmp_path: Path
+    distilled: RunFolder, world: Path, run_on: Callable[..., DetectionFolder], tmp_path: Path
 ) -> None:
     protocol = distilled.protocol()
     picture = next((world / "val2017").iterdir())
@@ -157,14 +159,14 @@ def test_novel_names_are_orange_and_base_names_blue(
         assert near[255, 130, 0] * 10 < near[60, 140, 255] if not novel else near[60, 140, 255] * 10 < near[255, 130, 0]
 
 
-def test_names_in_other_scripts_are_drawn(world: Path, run_on: Callable[..., DetectResult], tmp_path: Path) -> None:
+def test_names_in_other_scripts_are_drawn(world: Path, run_on: Callable[..., DetectionFolder], tmp_path: Path) -> None:
     result = run_on(next((world / "val2017").iterdir()), classes=("雨傘", "зонтик", "مظلة"))
     assert {c["name"] for c in _json(tmp_path / "out" / "images.json")["categories"]} == {"雨傘", "зонтик", "مظلة"}
     assert result.objects.total() > 0
 
 
 def test_a_folder_of_something_else_is_left_alone(
-    photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path, untouched: Callable[[Path], Any]
+    photos: Path, run_on: Callable[..., DetectionFolder], tmp_path: Path, untouched: Callable[[Path], Any]
 ) -> None:
     with untouched(photos), pytest.raises(HdovdError, match="holds no detections"):
         run_on(photos, out=photos, overwrite=True)
@@ -176,21 +178,21 @@ def test_a_folder_of_something_else_is_left_alone(
 
 
 def test_what_was_found_before_a_kill_is_there(
-    photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, run_on: Callable[..., DetectionFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flush = DetectionFolder.flush
-    batches = iter(range(2))
+    count, pictures = DetectionFolder.count, list[object]()
 
-    def killed(self: DetectionFolder) -> None:
-        flush(self)
-        if next(batches) == 1:
+    def killed(self: DetectionFolder, found: Any) -> Any:
+        pictures.append(found)
+        if len(pictures) == 3:
             raise KeyboardInterrupt
+        return count(self, found)
 
-    monkeypatch.setattr(DetectionFolder, "flush", killed)
+    monkeypatch.setattr(DetectionFolder, "count", killed)
     with pytest.raises(KeyboardInterrupt):
         run_on(photos, batch_size=2)
     lines = [json.loads(line) for line in (tmp_path / "out" / "detections.jsonl").read_text().splitlines()]
-    assert len(lines) == 4
+    assert sum("image" in line for line in lines) == 3
     assert not (tmp_path / "out" / "detections.json").exists()
 
 
@@ -232,7 +234,7 @@ def test_a_file_of_embeddings_needs_no_clip(distilled: RunFolder, world: Path, t
 
 
 def test_rows_that_do_not_go_with_the_names_are_refused(
-    photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path
+    photos: Path, run_on: Callable[..., DetectionFolder], tmp_path: Path
 ) -> None:
     np.save(tmp_path / "rows.npy", np.ones((3, 24), np.float32))
     with pytest.raises(HdovdError, match=r"\(3, 24\), expected \(2, D\): a row for each name, a first and b last"):

@@ -101,7 +101,12 @@ def test_embeddings_of_ones_own_stand_for_names(detector: Detector, distilled: R
 
 @pytest.mark.parametrize(
     ("names", "said"),
-    [([], "no names"), (["a", " "], "2 of 2 is empty"), (["Dog", "dog "], "named twice"), ("dog", "a list of names")],
+    [
+        ([], "no classes"),
+        (["a", " "], "the text ' ', expected a name"),
+        (["Dog", "dog "], "named twice"),
+        ("dog", "a list of names"),
+    ],
 )
 def test_names_that_do_not_fit_are_refused(detector: Detector, names: Any, said: str) -> None:
     with pytest.raises(HdovdError, match=said):

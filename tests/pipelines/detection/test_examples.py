@@ -23,8 +23,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.detection import names as name_embedding
 from hdovd.pipelines.detection.detector import Detector, evaluate_examples
-from hdovd.pipelines.detection.examples import Gap, read_examples
-from hdovd.pipelines.detection.names import NameEmbedder
+from hdovd.pipelines.detection.names import Gap, NameEmbedder, read_examples
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder
 
@@ -96,18 +95,16 @@ def test_pictures_of_python_are_examples_too(embedder: NameEmbedder, crops: Path
 def test_clip_is_loaded_once_until_it_is_forgotten(
     embedder: NameEmbedder, crops: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loads, load = list[bool](), name_embedding.load_text_tower
-    monkeypatch.setattr(
-        name_embedding, "load_text_tower", lambda *given: (loads.append(len(given) > 3), load(*given))[1]
-    )
+    loads, load = list[RunFolder](), name_embedding.load_run_clip
+    monkeypatch.setattr(name_embedding, "load_run_clip", lambda *given: (loads.append(given[0]), load(*given))[1])
     examples = read_examples(crops)
-    embedder.embed(["never named"])  # its text tower alone
+    embedder.embed(["never named"])
     first, second = embedder.embed_examples(examples), embedder.embed_examples(examples)
     assert torch.equal(first, second)
-    assert loads == [False, True]
+    assert len(loads) == 1
     embedder.forget_clip()
     assert torch.equal(embedder.embed_examples(examples), first)
-    assert loads == [False, True, True]
+    assert len(loads) == 2
 
 
 def test_examples_alone_ask_nothing_of_the_name_and_a_mix_lies_between(embedder: NameEmbedder, crops: Path) -> None:

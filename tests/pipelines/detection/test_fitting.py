@@ -18,9 +18,9 @@ from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.export.detectors import traceable
-from hdovd.pipelines.detection import detector as detector_file, examples as examples_file
-from hdovd.pipelines.detection.detector import Detector
-from hdovd.pipelines.detection.examples import Examples, fit_rows, read_examples
+from hdovd.pipelines.detection import detector as detector_file
+from hdovd.pipelines.detection.detector import Detector, fit_rows
+from hdovd.pipelines.detection.names import Examples, read_examples
 from hdovd.pipelines.evaluation.config import EvalConfig
 from hdovd.pipelines.runs.folder import RunFolder
 
@@ -89,10 +89,10 @@ def test_regions_on_examples_are_found_rather_and_others_stay(
     fitted = fit_rows(detector.model, examples, rows, others)
     assert torch.allclose(fitted.norm(dim=1), torch.ones(len(rows)), atol=1e-5)
     assert told(fitted)[0] > told(rows)[0] + 0.01
-    monkeypatch.setattr(examples_file, "KEPT", 0.0)
+    monkeypatch.setattr(detector_file, "KEPT", 0.0)
     careless = fit_rows(detector.model, examples, rows, others)
     assert told(careless)[1] > 2 * told(fitted)[1]
-    monkeypatch.setattr(examples_file, "PRIOR", 1e9)
+    monkeypatch.setattr(detector_file, "PRIOR", 1e9)
     assert torch.allclose(fit_rows(detector.model, examples, rows, others), rows, atol=0.02)
 
 
@@ -106,9 +106,9 @@ def test_the_objective_is_less_than_at_any_step_beside(detector: Detector, shown
     def objective(moved: torch.Tensor) -> float:
         after = _seen(detector, examples, moved, others)[0]
         on = label >= 0
-        away = examples_file.PRIOR * (1 - (moved * rows).sum(dim=1)).sum()
+        away = detector_file.PRIOR * (1 - (moved * rows).sum(dim=1)).sum()
         kept = (before[off] * (before[off].log() - after[off].log())).sum()
-        return float(away + examples_file.KEPT * kept - after[on].gather(1, label[on, None]).log().sum())
+        return float(away + detector_file.KEPT * kept - after[on].gather(1, label[on, None]).log().sum())
 
     fitted = fit_rows(detector.model, examples, rows, others)
     best, rng = objective(fitted), np.random.default_rng(0)

@@ -32,7 +32,7 @@ from hdovd.pipelines.common.images import Decoded
 from hdovd.pipelines.common.picture_files import find_pictures
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.detection.config import DetectConfig
-from hdovd.pipelines.detection.detect import DetectResult, detect, detect_lines
+from hdovd.pipelines.detection.detect import DetectionFolder, detect, detect_lines
 from hdovd.pipelines.detection.detector import NamedDetections
 from hdovd.pipelines.runs.folder import RunFolder
 
@@ -104,8 +104,8 @@ def film(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_on(distilled: RunFolder, tmp_path: Path) -> Callable[..., DetectResult]:
-    def run(*words: object, out: str = "out", **changes: Any) -> DetectResult:
+def run_on(distilled: RunFolder, tmp_path: Path) -> Callable[..., DetectionFolder]:
+    def run(*words: object, out: str = "out", **changes: Any) -> DetectionFolder:
         given = {"threshold": 0.0, "device": "cpu", "batch_size": 3, **changes}
         return detect(
             DetectConfig(run=distilled.path, images=tuple(map(str, words)), out=tmp_path / out, **given), io.BytesIO()
@@ -117,7 +117,9 @@ def run_on(distilled: RunFolder, tmp_path: Path) -> Callable[..., DetectResult]:
 # --- what is found, with a real detector ---
 
 
-def test_frames_are_detected_as_pictures_are(run_on: Callable[..., DetectResult], film: Path, tmp_path: Path) -> None:
+def test_frames_are_detected_as_pictures_are(
+    run_on: Callable[..., DetectionFolder], film: Path, tmp_path: Path
+) -> None:
     frames = _decoded(film)
     (tmp_path / "frames").mkdir()
     for number, frame in enumerate(frames):
@@ -155,7 +157,7 @@ def test_frames_are_detected_as_pictures_are(run_on: Callable[..., DetectResult]
 
 
 def test_pictures_and_videos_of_one_folder(
-    run_on: Callable[..., DetectResult], film: Path, world: Path, tmp_path: Path
+    run_on: Callable[..., DetectionFolder], film: Path, world: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "mixed"
     (folder / "deep").mkdir(parents=True)
@@ -179,7 +181,7 @@ def test_pictures_and_videos_of_one_folder(
 
 
 def test_without_pyav(
-    run_on: Callable[..., DetectResult], film: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_on: Callable[..., DetectionFolder], film: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line, before the run is read; and a folder's pictures are looked at."""
     monkeypatch.setitem(sys.modules, "av", None)
@@ -281,7 +283,9 @@ def test_a_size_that_no_encoder_takes_is_a_line(find: Find, file: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 5), (17, 1), (500, 1), (4100, 1)])
-def test_small_videos_are_drawn(run_on: Callable[..., DetectResult], tmp_path: Path, width: int, height: int) -> None:
+def test_small_videos_are_drawn(
+    run_on: Callable[..., DetectionFolder], tmp_path: Path, width: int, height: int
+) -> None:
     (tmp_path / "small.avi").write_bytes(_encoded(_greys(3, width, height), "avi", "png", pixels="rgb24"))
     result = run_on(tmp_path / "small.avi")
     assert not result.skipped
@@ -335,7 +339,7 @@ def test_streams_in_files_are_known_by_their_packets(tmp_path: Path, flag: str) 
         assert file.is_video
 
 
-def test_typescript_that_is_named_is_a_line(run_on: Callable[..., DetectResult], film: Path, tmp_path: Path) -> None:
+def test_typescript_that_is_named_is_a_line(run_on: Callable[..., DetectionFolder], film: Path, tmp_path: Path) -> None:
     (tmp_path / "app.ts").write_text("export const answer = 42;\n" * 50)
     result = run_on(film, tmp_path / "app.ts", pictures=False)
     (reason,) = result.skipped.values()
@@ -435,7 +439,7 @@ def test_a_stream_that_is_joined_in_its_middle(find: Find, serve: Callable[..., 
 
 
 def test_a_file_of_a_web_server_drops_nothing_and_its_password_is_written_nowhere(
-    run_on: Callable[..., DetectResult], film: Path, tmp_path: Path
+    run_on: Callable[..., DetectionFolder], film: Path, tmp_path: Path
 ) -> None:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=film.parent)
     logged: list[str] = []

@@ -21,8 +21,17 @@ from hdovd.modeling.backbones.pyramid import build_backbone
 from hdovd.pipelines.common.tensors import tensors_hash
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.proposals.config import Detector, ProposeConfig
-from hdovd.pipelines.proposals.networks import load_network, made_by, save_network, settings
-from hdovd.pipelines.proposals.propose import Recall, propose, recall_report, recall_table, without_crowds
+from hdovd.pipelines.proposals.networks import (
+    Recall,
+    load_network,
+    made_by,
+    recall_report,
+    recall_table,
+    save_network,
+    settings,
+    without_crowds,
+)
+from hdovd.pipelines.proposals.propose import propose
 
 Made = tuple[ProposeConfig, list[str]]
 
@@ -166,7 +175,7 @@ def test_files_that_hold_no_network(made: ProposeConfig, network: Path, tmp_path
     save_file(state, tmp_path / "bare.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(network.read_bytes()[:1000])
     for name, message in (
-        ("none.safetensors", "no file"),
+        ("none.safetensors", "No such file"),
         ("bare.safetensors", "no proposal network"),
         ("torn.safetensors", "damaged"),
     ):

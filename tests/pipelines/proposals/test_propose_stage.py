@@ -17,8 +17,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.proposal_files.file import made_by_file
 from hdovd.pipelines.proposals.networks import made_by
-from hdovd.pipelines.proposals.propose import ProposeConfig, propose
-from hdovd.pipelines.proposals.selection import Example, Selection, choose
+from hdovd.pipelines.proposals.propose import Example, ProposeConfig, Selection, choose, propose
 
 
 def _job(data: Path, out: Path, recipe: Recipe, **changes: object) -> ProposeConfig:
@@ -62,28 +61,20 @@ def test_file_keeps_its_promises(proposed: Path, world: Path, kept: list[int]) -
         assert (box_iou(boxes, torch.tensor(truth[image_id], dtype=boxes.dtype)) <= 0.51).all()
 
 
-def test_other_proposals_in_the_place_of_the_new_ones_are_named(
+def test_a_file_in_the_place_of_the_new_one_is_named(
     proposed: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    out = tmp_path / "p.json"
+    out, network = tmp_path / "p.json", proposed.with_name("p.oln.safetensors")
 
-    def notes(**changes: object) -> list[str]:
+    def notes() -> list[str]:
         lines: list[str] = []
         with lines_to(lines.append):
-            propose(_job(world, out, micro_recipe(), **changes))
+            propose(_job(world, out, micro_recipe(), top=3, checkpoint=(network,)))
         return [line for line in lines if line.startswith("note: " + str(out))]
 
-    (tmp_path / "p.oln.safetensors").write_bytes(proposed.with_name("p.oln.safetensors").read_bytes())
-    assert notes(top=3) == notes(top=3) == []
-    assert notes(top=3, checkpoint=(tmp_path / "p.oln.safetensors",)) == []
-    count = len(json.loads(out.read_text()))
-    [note] = notes(top=2)
-    assert f"{out} is there with {count} proposals made otherwise (made by: detector oln" in note
-    made_by_file(out).unlink()
-    assert "made by: unknown" in notes(top=2)[0]
-    out.write_text("{")
-    assert "is no proposal file that can be read" in notes(top=2)[0]
-    assert notes(top=2) == []
+    assert notes() == []
+    [note] = notes()
+    assert "will be replaced" in note
 
 
 def test_novel_annotations_leave_no_trace(
@@ -242,15 +233,9 @@ def test_a_rehearsal_never_sees_the_held_out_classes(
 def test_without_a_rehearsal_none_is_trained(
     world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, proposed: Path
 ) -> None:
-    lines, out = list[str](), tmp_path / "p.json"
     (tmp_path / "p.oln.safetensors").write_bytes(proposed.with_name("p.oln.safetensors").read_bytes())
-    propose(_job(world, out, micro_recipe(), top=3, no_rehearsal=True))
+    propose(_job(world, tmp_path / "p.json", micro_recipe(), top=3, no_rehearsal=True))
     assert not list(tmp_path.glob("*rehearsal*"))
-    with lines_to(lines.append):
-        propose(_job(world, out, micro_recipe(), top=3, no_rehearsal=True))
-        assert not any("made otherwise" in line for line in lines)
-        propose(_job(world, out, micro_recipe(), top=3))
-    assert any("made otherwise" in line for line in lines)
 
 
 def test_what_is_given_stays_and_what_it_costs_is_said() -> None:
@@ -289,17 +274,3 @@ def test_the_choice_is_said_and_kept_with_the_proposals(
     assert kept["top"] == 3
     assert f"--min-score {kept['min_score']:g}" in line
     assert kept["by_base_boxes"].keys() == {"recall", "per_image", "on_object"}
-    with lines_to(lines.append):  # the choice is made again, and the same
-        propose(_job(world, tmp_path / "q.json", micro_recipe(), checkpoint=(network,), top=3))
-    assert not any(line.startswith("note: ") and "made otherwise" in line for line in lines)
-
-
-def test_proposals_by_the_choices_of_before_are_not_replaced_without_a_word(
-    world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, proposed: Path
-) -> None:
-    network, lines = proposed.with_name("p.oln.safetensors"), list[str]()
-    given = {"top": 10, "overlap": 0.5, "min_side": 8.0, "min_score": 0.0}
-    propose(_job(world, tmp_path / "q.json", micro_recipe(), checkpoint=(network,), **given))
-    with lines_to(lines.append):
-        propose(_job(world, tmp_path / "q.json", micro_recipe(), checkpoint=(network,)))
-    assert any("proposals made otherwise" in line for line in lines)

@@ -32,7 +32,7 @@ from hdovd.pipelines.evaluation.evaluate import read_pixels
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.proposal_files.file import read_table
 from hdovd.pipelines.proposals import propose as proposal_parts
-from hdovd.pipelines.proposals.selection import USUAL, Selection
+from hdovd.pipelines.proposals.propose import USUAL, Selection
 from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
 from hdovd.pipelines.relabelling.relabel import Round, _best, _to_find, objects_per_mention, relabel
 from hdovd.pipelines.runs.folder import RunFolder

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.core.errors import HdovdError
@@ -27,24 +24,17 @@ def _rows(opened: FeatureCache) -> np.ndarray:
     return np.asarray(wide / np.linalg.norm(wide, axis=1, keepdims=True))
 
 
-@pytest.mark.parametrize(("block", "threads"), [(7, 1), (7, 3), (2_048, 2)])
+@pytest.mark.parametrize("block", [7, 2_048])
 def test_the_best_rows_are_those_of_a_product_of_all(
-    block: int, threads: int, opened: FeatureCache, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    block: int, opened: FeatureCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On any number of threads, which torch has as before afterwards."""
     monkeypatch.setattr(nearest, "BLOCK_ROWS", block)
-    monkeypatch.setattr(nearest, "BLOCKS_AT_ONCE", 3)
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
-    torch.set_num_threads(threads)
     rows = _rows(opened)
     query = normalised_rows(rows[5:6] + 0.5 * rows[9:10])
     expected = rows @ query[0].astype(np.float64)
     best = best_rows(opened, query, 12, lambda _, cosines: cosines[:, 0])
     assert best.rows.tolist() == np.argsort(-expected, kind="stable")[:12].tolist()
     assert best.values == pytest.approx(np.sort(expected)[:-13:-1], abs=1e-6)
-    assert torch.get_num_threads() == threads
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(torch.get_num_threads).result() == threads
 
 
 def test_blocks_are_all_rows_in_order_mapped_or_not(cache: Path) -> None:

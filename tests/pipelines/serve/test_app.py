@@ -58,7 +58,7 @@ def test_detections_are_those_of_the_detector(client: TestClient, distilled: Run
         (names[:2], True, ",".join(names[:2])),
     ):
         fields = {"names": said} | ({"alone": "1"} if alone else {})
-        for _ in range(2):  # the second time the classes are set already
+        for _ in range(2):
             answer = client.post("/detect", data=fields, files={"picture": picture.read_bytes()})
             assert answer.status_code == 200, answer.text
             expected = _expected(detector.set_classes(asked, alone=alone), picture)
