@@ -226,15 +226,13 @@ class PyramidRoIAlign(nn.Module):
         boxes = torch.cat(rois)
         wanted = self.level_of(boxes)
         indexed = torch.cat([image, boxes], dim=1)
-        counts = torch.stack([(wanted == level).sum() for level in self.levels]).tolist()
-        order = wanted.argsort(stable=True)
-        crops = torch.cat(
-            [
-                self.crop(features, level, some)
-                for level, some in zip(self.levels, indexed[order].split(counts), strict=True)
-            ]
-        )
-        return crops.index_select(0, order.argsort())
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # how many there are is not known then
+            rows = [(wanted == level).nonzero().flatten() for level in self.levels]
+        else:
+            counts = torch.stack([(wanted == level).sum() for level in self.levels]).tolist()
+            rows = list(wanted.argsort(stable=True).split(counts))
+        crops = [self.crop(features, level, indexed[some]) for level, some in zip(self.levels, rows, strict=True)]
+        return torch.cat(crops).index_select(0, torch.cat(rows).argsort())
 
     def level_of(self, boxes: Tensor) -> Tensor:
         """(R, 4) boxes -> (R,) float32 whole numbers: the level that each is pooled from."""

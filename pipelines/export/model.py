@@ -106,7 +106,7 @@ def in_percent(found: Detections, picture: Tensor, config: InputConfig) -> Detec
 def _made_up_classes(detector: nn.Module, picture: Tensor, texts: Tensor) -> Tensor:
     """(n, D): features of some regions, where the detector tells them; else its classes in mixtures."""
     if isinstance(detector, ExportableDetector):
-        features = detector.rois(picture)[1]
+        features = detector.rois(picture).c
         return features[:: -(-max(len(features), 1) // _MADE_UP_CLASSES)]
     return texts + texts.roll(1, 0)
 

@@ -6,6 +6,7 @@ costs that queries and boxes are paired by. N pictures, Q queries of each, C cha
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
@@ -22,7 +23,7 @@ from hdovd.modeling.adamixer.proposals import (
     valid_positions,
 )
 from hdovd.modeling.backbones.pyramid import build_backbone
-from hdovd.modeling.queries.detector import ForwardOutput, QueryDetector, Step
+from hdovd.modeling.queries.detector import ForwardOutput, QueryDetector, QueryStage, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class AdaMixer(QueryDetector):
     """The query-based detector of the paper's headline: backbone, proposals, stages, adapters, levels."""
 
     training_parts = ("proposals.auxiliary.", "instance_level.", "text_level.", "image_level.", "extra.")
-    exportable = "hdovd.modeling.export.detectors:ExportableAdaMixer"
+    exportable = "hdovd.modeling.export.detectors:ExportableDetector"
     config: AdaMixerConfig
 
     def __init__(self, recipe: Recipe, dim: int, initialise: bool = True) -> None:
@@ -61,6 +62,9 @@ class AdaMixer(QueryDetector):
         self.proposals = QueryProposals(config.proposals, channels, dim, len(levels))
         self.stages = nn.ModuleList(DecoderStage(config.decoder, channels, dim) for _ in range(config.decoder.stages))
         self.finish(recipe, dim, config)
+
+    def stage(self, number: int) -> QueryStage:
+        return cast(QueryStage, self.stages[number])
 
     def find(self, batch: ImageList, step: Step | None = None) -> AdaMixerOutput:
         self.require_object_text()

@@ -115,7 +115,7 @@ class QueryProposals(nn.Module):
         probability = dense.probability.gather(1, index)
         boxes = dense.boxes.gather(1, index[..., None].expand(-1, -1, 4))
         kept = nms_of_images(boxes.detach(), probability.detach(), self.config.nms)
-        distinct = torch.zeros_like(index, dtype=torch.bool).flatten().index_fill(0, kept, True).view_as(index)
+        distinct = torch.zeros_like(probability).flatten().index_fill(0, kept, 1.0).view_as(index) > 0
         return Candidates(probability, boxes, distinct & (probability > 0))
 
     @torch.no_grad()

@@ -18,11 +18,11 @@ from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
 from hdovd.data.targets import Targets, scale_all
-from hdovd.modeling.base import Detector, ExtraLosses, RoIPredictions, StepContext, Students
+from hdovd.modeling.base import Detector, ExtraLosses, Regions, StepContext, Students
 from hdovd.modeling.batching import batch_images, draw_short_sides, keys_of
 from hdovd.modeling.distributed import divisor
 from hdovd.modeling.levels.imagewise import ImageLevel
-from hdovd.modeling.losses.classwise import cosine_logits, of_judged, with_one_background
+from hdovd.modeling.losses.classwise import class_probability, cosine_logits, of_judged, with_one_background
 from hdovd.modeling.queries.levels import InstanceLevels, TextLevel
 from hdovd.modeling.queries.pairs import (
     Candidates,
@@ -41,9 +41,7 @@ from hdovd.modeling.queries.scores import (
     classification_loss,
     objectness_loss,
     prompts_and_labels,
-    query_scores,
     query_weights,
-    with_objectness,
 )
 
 LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost of pairing it; released code
@@ -107,7 +105,6 @@ class QueryDetector(Detector):
     has_idle_parameters = True  # before `pseudo_boxes.from_epoch`: the adapter of the text level, and the image level
 
     config: QueryDetectorConfig
-    stages: nn.ModuleList
     object_text: Tensor
 
     def finish(self, recipe: Recipe, dim: int, config: QueryDetectorConfig) -> None:
@@ -165,42 +162,28 @@ class QueryDetector(Detector):
         return None
 
     def stage(self, number: int) -> QueryStage:
-        return cast(QueryStage, self.stages[number])
+        """The stage of a number, from 0 or, from the last one on, from -1."""
+        raise NotImplementedError(f"{type(self).__name__}.stage")
 
     def read(self, contents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Class features (S, N, Q, D) and logits of objectness (S, N, Q) of the contents (N, Q, C) after each stage."""
         c = torch.stack([self.stage(s).describe(content) for s, content in enumerate(contents)])
         return c, torch.stack([self.stage(s).object_logits(content) for s, content in enumerate(contents)])
 
-    @torch.inference_mode()
-    def predict(self, images: list[Tensor], texts: Tensor) -> list[RoIPredictions]:
-        """The last stage's queries of every image, with their scores for any classes (METHOD section 7).
-
-        s2 is a softmax over the classes here. Boxes are not clipped to the image (released code).
-
-        Args:
-            images: (3, h, w) uint8 RGB each. texts: (K, D) text embeddings of the classes asked for.
-        """
-        batch, factors = batch_images(images, self.recipe.input)
+    def regions(self, batch: ImageList) -> Regions:
+        """The last stage's queries of every image. Their boxes are not clipped to it (released code)."""
         look = self.find(batch)
         c = self.stage(-1).describe(look.contents[-1]).flatten(0, 1)
         d = self.adapters.distilled(c) if self.recipe.loss.uses_pseudo_boxes else None  # else no level teaches it
-        s1, s2 = query_scores(
-            self.adapters.classified(c),
-            d,
-            texts.to(self.background),
-            self.backgrounds(self.background),
-            self.config.decoder.logit_scale,
-            self.recipe.inference.distillation_scale,
-        )
-        if (certainty := self.certainty(look)) is not None:
-            s1, s2 = with_objectness(s1, s2, certainty)
-        queries = look.boxes[-1].shape[1]
-        seconds = [None] * len(images) if s2 is None else s2.split(queries)
-        return [
-            RoIPredictions(boxes / boxes.new_tensor([*factor, *factor]), one, two)
-            for boxes, factor, one, two in zip(look.boxes[-1], factors, s1.split(queries), seconds, strict=True)
-        ]
+        images, queries = look.boxes[-1].shape[:2]
+        boxes = look.boxes[-1].flatten(0, 1)
+        return Regions(boxes, self.adapters.classified(c), d, [queries] * images, self.certainty(look))
+
+    def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Both are a softmax over the classes (released code)."""
+        texts, scale = texts.to(self.background), self.recipe.inference.distillation_scale
+        first = class_probability(c, texts, self.backgrounds(self.background), self.config.decoder.logit_scale)
+        return first, None if d is None else cosine_logits(d, texts, scale).softmax(dim=1)
 
     def begin_epoch(self, epoch: int) -> None:
         """The stages see pseudo boxes, and the levels distil, from the recipe's epoch on. Candidates see pseudo boxes

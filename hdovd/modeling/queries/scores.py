@@ -13,7 +13,6 @@ from torchvision.ops import sigmoid_focal_loss
 from hdovd.config.detector import StageLossConfig
 from hdovd.modeling.boxes import overlap
 from hdovd.modeling.distributed import counts_of_ranks, gather_rows, rank
-from hdovd.modeling.losses.classwise import class_probability, cosine_logits
 from hdovd.modeling.queries.pairs import Pairs, StepBoxes
 
 
@@ -46,34 +45,6 @@ class TextAdapters(nn.Module):
         with torch.autocast(c.device.type, enabled=False):
             moved: Tensor = c @ self.transfer(last.weight.detach()).T
             return c + moved
-
-
-def query_scores(
-    c: Tensor, d: Tensor | None, texts: Tensor, backgrounds: Tensor, logit_scale: float, distillation_scale: float
-) -> tuple[Tensor, Tensor | None]:
-    """Scores of queries for any classes (METHOD section 7); both are a softmax over the classes (released code).
-
-    Args:
-        c, d: (Q, D) class features in text space, as the classifier and, if a level teaches it, as the distillation
-        moves them. texts: (K, D) of the classes. backgrounds: (B + 1, D).
-
-    Returns:
-        Probabilities (Q, K + 1), the last of the background; and (Q, K), or None.
-    """
-    first = class_probability(c, texts, backgrounds, logit_scale)
-    return first, None if d is None else cosine_logits(d, texts, distillation_scale).softmax(dim=1)
-
-
-def with_objectness(first: Tensor, second: Tensor | None, objectness: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Both scores of queries, times the probability (Q,) that there is an object of which no other query is surer; what
-    the classes lose is the background's.
-    """
-    share = objectness[:, None]
-    classes = first[:, :-1] * share
-    return torch.cat([classes, 1 - classes.sum(dim=1, keepdim=True)], dim=1), None if second is None else second * share
-
-
-# --- what trains queries ---
 
 
 def query_weights(pairs: Pairs, boxes: StepBoxes, config: StageLossConfig) -> Tensor:

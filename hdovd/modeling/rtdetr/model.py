@@ -6,6 +6,7 @@ queries and boxes are paired by. N pictures, Q queries of each, M slots of the d
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.modeling.backbones.pyramid import build_backbone, without_pyramid
 from hdovd.modeling.distributed import divisor
-from hdovd.modeling.queries.detector import ForwardOutput, QueryDetector, Step
+from hdovd.modeling.queries.detector import ForwardOutput, QueryDetector, QueryStage, Step
 from hdovd.modeling.queries.pairs import Pairs, StepBoxes
 from hdovd.modeling.rtdetr.decoder import Extra, Network, logit
 from hdovd.modeling.rtdetr.losses import Noised, box_rows, candidate_losses, noised, varifocal_rows
@@ -41,7 +42,8 @@ class RTDETR(QueryDetector):
     """
 
     training_parts = ("denoising.", "instance_level.", "text_level.", "image_level.", "extra.")
-    exportable = "hdovd.modeling.export.detectors:ExportableRTDETR"
+    exportable = "hdovd.modeling.export.detectors:ExportableDetector"
+    suppresses = False
     config: RTDETRConfig
 
     def __init__(self, recipe: Recipe, dim: int, initialise: bool = True) -> None:
@@ -57,18 +59,17 @@ class RTDETR(QueryDetector):
         self.denoising = nn.Linear(dim, config.backbone.fpn_channels) if config.denoising.queries else None
         self.finish(recipe, dim, config)
 
-    @property
-    def stages(self) -> nn.ModuleList:  # type: ignore[override]
-        return self.network.stages
+    def stage(self, number: int) -> QueryStage:
+        return cast(QueryStage, self.network.stages[number])
 
     def find(self, batch: ImageList, step: Step | None = None) -> RTDETROutput:
         self.require_object_text()
-        device, queries = batch.tensors.device, self.config.decoder.queries
-        sizes = torch.tensor(batch.image_sizes, dtype=torch.float32).to(device, non_blocking=True)
-        whole = torch.tensor(batch.tensors.shape[-2:], dtype=torch.float32).to(device, non_blocking=True)
+        device = batch.tensors.device
+        sizes = torch.as_tensor(batch.image_sizes, dtype=torch.float32).to(device, non_blocking=True)
+        whole = torch._shape_as_tensor(batch.tensors)[2:].to(device, torch.float32, non_blocking=True)
         maps = self.backbone(batch.tensors)
         slots = None if step is None or self.denoising is None else noised(step, self.config.denoising)
-        queries = min(queries, sum(m.shape[2] * m.shape[3] for m in maps.values()))
+        queries = min(self.config.decoder.queries, sum(m.shape[2] * m.shape[3] for m in maps.values()))
         extra = None if slots is None or step is None else self._extra(slots, step, queries)
         found = self.network(maps, sizes, whole, self.object_text, extra)
         denoised = [(c[:, queries:], b[:, queries:]) for c, b in zip(found.contents, found.boxes, strict=True)]
