@@ -17,7 +17,7 @@ from torchvision.models.detection.image_list import ImageList
 from hdovd.core.registry import resolve
 from hdovd.modeling.base import Detector, Regions
 from hdovd.modeling.batching import SIZE_DIVISOR
-from hdovd.modeling.boxes import best_places, combine_scores, detect, kept_places
+from hdovd.modeling.boxes import best_places, combine_scores, kept_places
 
 
 class ExportableDetector(nn.Module):
@@ -105,20 +105,9 @@ def _resized(pixels: Tensor, length: Tensor, count: Tensor) -> Tensor:
     return cast(Tensor, pixels[..., first] * (1 - share) + pixels[..., second] * share)
 
 
-def traceable(detector: Detector) -> nn.Module:
-    """The detector as a module over (image, texts, is_novel), in eval mode: one that torch can trace, if it has one."""
-    if detector.exportable is None:
-        return _OnePicture(detector)
-    return cast(nn.Module, resolve(detector.exportable, "the detector's exportable")(detector))
-
-
-class _OnePicture(nn.Module):
-    """`Detector.predict` and `detect` of one picture."""
-
-    def __init__(self, detector: Detector) -> None:
-        super().__init__()
-        self.detector = detector.eval()
-
-    def forward(self, image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = detect(self.detector.predict([image], texts)[0], is_novel, self.detector.recipe.inference)
-        return found.boxes, found.scores, found.labels
+def traceable(detector: Detector) -> nn.Module | None:
+    """The detector as a module over (image, texts, is_novel), in eval mode, that torch can trace; None if it has
+    none.
+    """
+    name = detector.exportable
+    return None if name is None else cast(nn.Module, resolve(name, "the detector's exportable")(detector))
