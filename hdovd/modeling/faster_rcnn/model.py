@@ -7,6 +7,7 @@ N images, R RoIs, K base classes, D embedding size.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
@@ -165,15 +166,11 @@ class FasterRCNN(Detector):
 
 
 def _box_loss(view: StepContext) -> Tensor:
-    boxes = torch.cat([t.all_boxes for t in view.targets])
+    boxes = F.pad(torch.cat([t.all_boxes for t in view.targets]), (0, 0, 0, 1))  # row -1 serves background
     base = torch.cat([torch.arange(len(t.all_boxes), device=boxes.device) < len(t.boxes) for t in view.targets])
-    if len(boxes):
-        wanted = CODER.encode_single(boxes[view.box_of_roi.clamp(min=0)], torch.cat(view.rois))
-        is_base = base[view.box_of_roi.clamp(min=0)] & (view.box_of_roi >= 0)
-    else:
-        wanted, is_base = torch.zeros_like(view.deltas), view.box_of_roi >= 0
+    wanted = CODER.encode_single(boxes[view.box_of_roi], torch.cat(view.rois))
     count = divisor(torch.full((), len(view.deltas), device=view.deltas.device))
-    return classwise.box_loss(view.deltas, wanted, is_base, count)
+    return classwise.box_loss(view.deltas, wanted, F.pad(base, (0, 1))[view.box_of_roi], count)
 
 
 def _rename_old(_: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
