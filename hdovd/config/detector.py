@@ -67,15 +67,15 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet-tiny")
 LIBRARIES = Registry(  # functions from (config, model's name) to a `Body`, by what stands before the colon of a name
     "detector.backbone.name",
     {
-        "timm": "hdovd.modeling.backbones.third_party:timm_body",
-        "torchvision": "hdovd.modeling.backbones.third_party:torchvision_body",
+        "timm": "hdovd.modeling.backbones.pyramid:timm_body",
+        "torchvision": "hdovd.modeling.backbones.pyramid:torchvision_body",
     },
 )
 
 
 class BackboneConfig(Section):
     """`name`: one of BACKBONES, timm:NAME, torchvision:NAME (a classifier), or module:function of the user's own
-    (`third_party`). `weights`: "auto" (those that torchvision or timm download), "none", or a file (.pth,
+    (`pyramid`). `weights`: "auto" (those that torchvision or timm download), "none", or a file (.pth,
     .safetensors).
     """
 

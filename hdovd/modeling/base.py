@@ -15,12 +15,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
 
 from hdovd.config.detector import DETECTORS
 from hdovd.config.recipe import ExtraLossConfig, Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.registry import resolve_class
 from hdovd.data.targets import Targets
+from hdovd.modeling.batching import batch_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,22 @@ class RoIPredictions:
 
 
 @dataclass(frozen=True, slots=True)
+class Regions:
+    """What a detector finds in a batch, whatever the classes: R regions of all pictures, one picture's after another's.
+
+    boxes (R, 4) xyxy pixels of the padded batch; c (R, D) features that are compared with the classes' texts, d (R, D)
+    those that distillation taught, None if the model has none; counts: regions of each picture; objectness (R,) the
+    probability that both scores are multiplied by, or None.
+    """
+
+    boxes: Tensor
+    c: Tensor
+    d: Tensor | None
+    counts: list[int]
+    objectness: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Students:
     """q (n, D) L2-normalised student embeddings (METHOD section 4), box (n,) int64 the boxes that they are of, numbered
     image by image, base before pseudo; targets: those of the batch with the pseudo boxes that were used.
@@ -72,7 +90,7 @@ class Students:
 
 class Detector(nn.Module):
     """What the stages use of a detector; built as MyDetector(recipe, dim, initialise), which has to set `recipe`,
-    `dim` and `backbone`.
+    `dim` and `backbone`. It has a `forward`, and either `regions` and `scores` or a `predict` of its own.
 
     Text embeddings are arguments: a detector holds no class list. Without `initialise`, weights are loaded over it, so
     nothing is initialised that would have to be downloaded. With `norm = "batch"`, batch norms of `backbone`
@@ -83,9 +101,9 @@ class Detector(nn.Module):
     dim: int
     backbone: nn.Module
     knows_objects: bool = True  # False: training has to give it the text embedding of "object" first
-    # module:Class of a module over (image, texts, is_novel) that torch can trace (`exportable`); None: no export but
-    # safetensors
+    # module:Class of a module over (image, texts, is_novel) that torch can trace; None: no export but safetensors
     exportable: ClassVar[str | None] = None
+    suppresses: ClassVar[bool] = True  # whether there is an NMS within: a trace then takes one picture at a time
     training_parts: ClassVar[tuple[str, ...]] = ()  # beginnings of names in the state that no detection depends on
     knows_backgrounds: ClassVar[bool] = False  # whether texts of backgrounds are of use to it
     undecayed: ClassVar[tuple[str, ...]] = ()  # patterns of parameters' names without weight decay: "*norm*", "*.bias"
@@ -133,7 +151,40 @@ class Detector(nn.Module):
         Args:
             images: (3, h, w) uint8 RGB each. texts: (C, D) text embeddings of the classes asked for.
         """
-        raise NotImplementedError(f"{type(self).__name__}.predict")
+        batch, factors = batch_images(images, self.recipe.input)
+        found = self.regions(batch)
+        s1, s2 = self.region_scores(found, texts)
+        seconds = [None] * len(images) if s2 is None else s2.split(found.counts)
+        per_image = zip(found.boxes.split(found.counts), factors, s1.split(found.counts), seconds, strict=True)
+        return [
+            RoIPredictions(boxes / boxes.new_tensor([*factor, *factor]), one, two)
+            for boxes, factor, one, two in per_image
+        ]
+
+    def regions(self, batch: ImageList) -> Regions:
+        """What is found in a padded batch. To be traced, of one picture, whose size is then a tensor (1, 2): nothing
+        that a picture decides may become a number of Python's.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.regions")
+
+    def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of regions' features for the classes with texts (C, D): s1 (R, C + 1), background last, and s2 (R, C), as in
+        METHOD section 7.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.scores")
+
+    def region_scores(self, found: Regions, texts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Both scores, times the probability of an object where there is one; what the classes lose is the
+        background's.
+        """
+        first, second = self.scores(found.c, found.d, texts)
+        if found.objectness is None:
+            return first, second
+        share = found.objectness[:, None]
+        classes = first[:, :-1] * share
+        return torch.cat(
+            [classes, 1 - classes.sum(dim=1, keepdim=True)], dim=1
+        ), None if second is None else second * share
 
     def students(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None = None) -> Students:
         """The student embeddings of a batch, as `forward` makes them for the instance level; no loss, and no memory

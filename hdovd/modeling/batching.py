@@ -17,7 +17,6 @@ from hdovd.config.recipe import InputConfig
 from hdovd.core.errors import HdovdError
 
 _MASK = 2**64 - 1
-MAX_KEY = 2**63
 
 
 class Use(IntEnum):
@@ -33,11 +32,8 @@ def keys_of(keys: Sequence[int] | None, images: int) -> Sequence[int | None]:
     """One key or None an image. Raises HdovdError if there are not as many keys as images, or one is out of range."""
     if keys is None:
         return [None] * images
-    if len(keys) != images:
-        raise HdovdError(f"keys: expected one an image, {images}; found {len(keys)}")
-    for key in keys:
-        if not 0 <= key < MAX_KEY:
-            raise HdovdError(f"key {key}: expected a whole number from 0 to 2**63 - 1")
+    if len(keys) != images or not all(0 <= key < 2**63 for key in keys):
+        raise HdovdError(f"keys {list(keys)}: expected one an image, {images}, whole numbers from 0 to 2**63 - 1")
     return keys
 
 

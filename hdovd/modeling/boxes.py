@@ -9,9 +9,10 @@ N images, M boxes of each, R RoIs, C classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection import _utils
 from torchvision.ops import batched_nms, nms
@@ -39,6 +40,11 @@ class BoxCoder(_utils.BoxCoder):
         growth = torch.stack([rel_codes[:, 2] / ww, rel_codes[:, 3] / wh], dim=1).clamp(max=self.bbox_xform_clip)
         centre, half = shift * sides + (boxes[:, :2] + 0.5 * sides), 0.5 * (growth.exp() * sides)
         return torch.cat([centre - half, centre + half], dim=1)
+
+
+def limits(sizes: Sequence[tuple[int, int]] | Tensor, like: Tensor) -> Tensor:
+    """(N, 4) width, height, width, height of pictures of these (height, width), for boxes to be clipped to."""
+    return torch.as_tensor(sizes, dtype=like.dtype).to(like.device, non_blocking=True).flip(1).repeat(1, 2)
 
 
 TINY = 1e-6  # the least area that is divided by, square pixels; released code
@@ -76,24 +82,22 @@ MOST_AT_ONCE = (
 )  # boxes of a call on a GPU, whose table of a bit a pair takes 128 MiB: with their number the pairs grow as its square
 
 
-def nms_of_images(boxes: Tensor, scores: Tensor, threshold: float, groups: Sequence[int] = ()) -> Tensor:
+def nms_of_images(boxes: Tensor, scores: Tensor, threshold: float, group: Tensor | None = None) -> Tensor:
     """NMS within each image, and there within each group.
 
     Args:
         boxes: (N, M, 4) xyxy. scores: (N, M). threshold: IoU over which the lower score is dropped.
-        groups: how many boxes of an image, one after the other, are a group each; without groups all are compared.
+        group: (N, M) int64, the group of each box, from 0 on; without groups all are compared.
 
     Returns:
         (n,) int64 places among all N M boxes of those that are kept; those of an image best first.
     """
     images, count = scores.shape
     part = torch.arange(images, device=scores.device)[:, None].expand_as(scores)
-    if groups:
-        part = part * len(groups) + torch.cat(
-            [torch.full((n,), group, device=scores.device) for group, n in enumerate(groups)]
-        )
-    if boxes.device.type == "cpu":
-        return batched_nms(boxes.flatten(0, 1).double(), scores.flatten().double(), part.flatten(), threshold)  # type: ignore[no-any-return]
+    if group is not None:
+        part = part * (group.amax() + 1) + group
+    if boxes.device.type == "cpu" or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return nms_of_parts(boxes.flatten(0, 1), scores.flatten(), part.flatten(), threshold)
     at_once = max(1, MOST_AT_ONCE // max(1, count))
     some = zip(range(0, images, at_once), *(rows.split(at_once) for rows in (boxes, scores, part)), strict=True)
     kept = [_nms_apart(b.flatten(0, 1), s.flatten(), p.flatten(), threshold) + first * count for first, b, s, p in some]
@@ -108,6 +112,39 @@ def _nms_apart(boxes: Tensor, scores: Tensor, part: Tensor, threshold: float) ->
         return part
     exact = boxes.double()
     return cast(Tensor, nms(exact + part[:, None] * (exact.amax() - exact.amin() + 1), scores.double(), threshold))
+
+
+def nms_of_parts(boxes: Tensor, scores: Tensor, part: Tensor, threshold: float) -> Tensor:
+    """NMS of boxes (n, 4) within each part, (n,) int64: the places of those that are kept, best first.
+
+    In doubles: batched_nms shifts the parts apart by the picture's size, with many of them too far for pixels to be
+    exact in float32.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return batched_nms(boxes.double(), scores.double(), part, threshold)  # type: ignore[no-any-return]
+    parts = torch.arange(F.pad(part, (0, 1)).amax() + 1)[:, None]  # type: ignore[call-overload]  # in a trace, sizes are tensors
+    kept = _OnnxNms.apply(boxes[None], scores.where(part == parts, NO_SCORE)[None], threshold)[:, 2]
+    kept = kept.sort().values  # of equal scores the first, as torch has it
+    return cast(Tensor, kept[scores[kept].sort(descending=True).indices])
+
+
+NO_SCORE = -1.0  # less than any
+
+
+class _OnnxNms(torch.autograd.Function):
+    """The operator that ONNX has for NMS in float32 within each part: boxes (1, n, 4), scores (1, P, n), NO_SCORE those
+    of other parts -> (k, 3) int64, 0, the part and the place.
+    """
+
+    @staticmethod
+    def forward(_: Any, boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+        """In a trace only the shape of what comes out counts."""
+        return (scores > NO_SCORE).nonzero()
+
+    @staticmethod
+    def symbolic(g: Any, boxes: Any, scores: Any, threshold: float) -> Any:
+        most, *limits = (g.op("Constant", value_t=torch.tensor([value])) for value in (2**31 - 1, threshold, NO_SCORE))
+        return g.op("NonMaxSuppression", boxes, scores, most, *limits)
 
 
 def best_places(scores: Tensor, most: int) -> Tensor:
@@ -140,6 +177,15 @@ def combine_scores(s1: Tensor, s2: Tensor, is_novel: Tensor, alpha: float, beta:
     share = torch.where(is_novel, beta, alpha).to(s1)
     combined = torch.cat([s1[:, :-1] ** (1 - share) * s2**share, s1[:, -1:]], dim=1)
     return combined / combined.sum(dim=1, keepdim=True)
+
+
+def kept_places(boxes: Tensor, scores: Tensor, labels: Tensor, config: InferenceConfig) -> Tensor:
+    """The places of an image's candidates (n,) that its detections are, best first: after the NMS within each class
+    (none at 1), as many as are allowed.
+    """
+    if config.nms >= 1:
+        return best_places(scores, config.detections_per_image)
+    return nms_of_parts(boxes, scores, labels, config.nms)[: config.detections_per_image]
 
 
 def detect(
@@ -175,12 +221,7 @@ def detect_batch(
     score, boxes = scores[roi, label], boxes[roi]
     kept = []
     for b, s, k in zip(boxes.split(per_image), score.split(per_image), label.split(per_image), strict=True):
-        # batched_nms shifts the classes apart by the picture's size: with many classes, too far for pixels to be exact
-        # in float32
-        if config.nms >= 1:
-            keep = best_places(s, config.detections_per_image)
-        else:
-            keep = batched_nms(b.double(), s.double(), k, config.nms)[: config.detections_per_image]
+        keep = kept_places(b, s, k, config)
         kept.append((b[keep], s[keep], k[keep]))
     found = [len(s) for _, s, _ in kept]
     on_cpu = [torch.cat(parts).cpu().split(found) for parts in zip(*kept, strict=True)]

@@ -25,20 +25,14 @@ from hdovd.modeling.batching import Use, image_generator, sample_balanced
 LONG = 8  # cells a bin, from which on a RoI's gradient is torchvision's: a few thin ones would widen the table for all
 
 
-def roi_align_on_cpu(maps: Tensor, rois: Tensor, bins: int, scale: float, samples: int) -> Tensor:
+class RoIAlignOnCpu(torch.autograd.Function):
     """torchvision's `roi_align` (aligned), for training on a CPU.
 
-    Args:
-        maps: (N, C, h, w) float32. rois: (R, 5) number of the picture, xyxy in pixels. bins: B. scale: cells a pixel.
-        samples: points a bin and axis; 0 or less: as many as the bin has cells.
-
-    Returns:
-        (R, C, B, B) float32, with a gradient for the maps and none for the RoIs.
+    maps: (N, C, h, w) float32. rois: (R, 5) number of the picture, xyxy in pixels. bins: B. scale: cells a pixel.
+    samples: points a bin and axis; 0 or less: as many as the bin has cells. Gives (R, C, B, B) float32, with a gradient
+    for the maps and none for the RoIs.
     """
-    return cast(Tensor, _RoIAlign.apply(maps, rois, bins, scale, samples))
 
-
-class _RoIAlign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, rois: Tensor, bins: int, scale: float, samples: int) -> Tensor:
         ctx.save_for_backward(rois)
@@ -226,15 +220,13 @@ class PyramidRoIAlign(nn.Module):
         boxes = torch.cat(rois)
         wanted = self.level_of(boxes)
         indexed = torch.cat([image, boxes], dim=1)
-        counts = torch.stack([(wanted == level).sum() for level in self.levels]).tolist()
-        order = wanted.argsort(stable=True)
-        crops = torch.cat(
-            [
-                self.crop(features, level, some)
-                for level, some in zip(self.levels, indexed[order].split(counts), strict=True)
-            ]
-        )
-        return crops.index_select(0, order.argsort())
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # how many there are is not known then
+            rows = [(wanted == level).nonzero().flatten() for level in self.levels]
+        else:
+            counts = torch.stack([(wanted == level).sum() for level in self.levels]).tolist()
+            rows = list(wanted.argsort(stable=True).split(counts))
+        crops = [self.crop(features, level, indexed[some]) for level, some in zip(self.levels, rows, strict=True)]
+        return torch.cat(crops).index_select(0, torch.cat(rows).argsort())
 
     def level_of(self, boxes: Tensor) -> Tensor:
         """(R, 4) boxes -> (R,) float32 whole numbers: the level that each is pooled from."""
@@ -245,5 +237,5 @@ class PyramidRoIAlign(nn.Module):
         """RoIs (r, 5), the picture's number before each box, all from one level -> (r, C, 7, 7) float32."""
         maps, scale = features[str(level)].float(), math.ldexp(1.0, -level)
         if maps.requires_grad and maps.device.type == "cpu":
-            return roi_align_on_cpu(maps, indexed, POOL_SIZE, scale, self.sampling_ratio)
+            return cast(Tensor, RoIAlignOnCpu.apply(maps, indexed, POOL_SIZE, scale, self.sampling_ratio))
         return cast(Tensor, roi_align(maps, indexed, POOL_SIZE, scale, self.sampling_ratio, aligned=True))

@@ -16,7 +16,7 @@ from torchvision.ops import box_iou
 from hdovd.config.detector import RpnConfig
 from hdovd.core.errors import HdovdError
 from hdovd.modeling.batching import Use, image_generator, padded, sample_balanced
-from hdovd.modeling.boxes import BoxCoder, nms_of_images
+from hdovd.modeling.boxes import BoxCoder, limits, nms_of_images
 from hdovd.modeling.distributed import divisor
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
@@ -90,23 +90,24 @@ class ObjectnessRPN(RegionProposalNetwork):
         """The proposals (n, 4) that are kept of each image, and their scores (n,), best first.
 
         torchvision's, which goes image by image, on a CPU; on a GPU all images at once, where the host waits for the
-        device twice: for the NMS and for what is left.
+        device twice: for the NMS and for what is left. A trace goes the GPU's way with its one image.
         """
-        if proposals.device.type == "cpu":
-            return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)  # type: ignore[no-any-return]
+        if proposals.device.type == "cpu" and not torch.jit.is_tracing():  # type: ignore[attr-defined]
+            shapes = [(int(height), int(width)) for height, width in image_shapes]
+            return super().filter_proposals(proposals, objectness, shapes, num_anchors_per_level)  # type: ignore[no-any-return]
         objectness = objectness.detach().reshape(len(proposals), -1)
         best = self._get_top_n_idx(objectness, num_anchors_per_level)
         scores = objectness.gather(1, best).sigmoid()
-        limit = torch.tensor([(w, h, w, h) for h, w in image_shapes], dtype=proposals.dtype).to(
-            proposals.device, non_blocking=True
-        )
-        boxes = proposals.gather(1, best[..., None].expand(-1, -1, 4)).clamp(min=0).minimum(limit[:, None])
+        boxes = proposals.gather(1, best[..., None].expand(-1, -1, 4)).clamp(min=0)
+        boxes = boxes.minimum(limits(image_shapes, proposals)[:, None])
         dropped = ((boxes[..., 2:] - boxes[..., :2]) < self.min_size).any(dim=2) | (scores < self.score_thresh)
         scores = scores.masked_fill(dropped, DROPPED)  # the last in the NMS: they take no other box along
-        kept = nms_of_images(
-            boxes, scores, self.nms_thresh, [min(n, self.pre_nms_top_n()) for n in num_anchors_per_level]
-        )
+        levels = [torch.full((n,), level, device=best.device) for level, n in enumerate(num_anchors_per_level)]
+        kept = nms_of_images(boxes, scores, self.nms_thresh, torch.cat(levels)[best])
         boxes, scores = boxes.flatten(0, 1), scores.flatten()
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            kept = kept[scores[kept] > DROPPED][: self.post_nms_top_n()]
+            return [boxes[kept]], [scores[kept]]
         on_host = kept.masked_fill(scores[kept] == DROPPED, -1).cpu()
         image = torch.where(on_host >= 0, on_host // best.shape[1], -1)
         places = [on_host[image == i][: self.post_nms_top_n()] for i in range(len(best))]

@@ -261,7 +261,7 @@ def fit_rows(model: Model, examples: Examples, rows: Tensor, others: Tensor) -> 
     log(f"examples in their pictures: the detector has {counted(int(on.sum()), 'region')} on them")
 
     def log_probabilities(moved: Tensor) -> Tensor:
-        first, _ = detector.scores(c, None, torch.cat([moved, others]))
+        first, _ = model.scores(c, None, torch.cat([moved, others]))
         return first.clamp(min=1e-12).log()
 
     before, moved = log_probabilities(start).detach(), start.clone().requires_grad_()
@@ -288,12 +288,12 @@ def _regions(detector: ExportableDetector, examples: Examples, number: int) -> t
     except HdovdError:
         return None  # its examples are told as left out
     with inference_autocast(device, detector.recipe):
-        boxes, c = detector.rois(pixels.to(device))[:2]
-    overlap, nearest = box_iou(boxes.float(), torch.from_numpy(image.boxes).to(device)).max(dim=1)
+        found = detector.rois(pixels.to(device))
+    overlap, nearest = box_iou(found.boxes.float(), torch.from_numpy(image.boxes).to(device)).max(dim=1)
     label = torch.from_numpy(image.labels).to(device)[nearest].where(overlap >= ON_IOU, OFF)
     off = (overlap < OFF_IOU).nonzero().flatten()
     kept = torch.cat([(label != OFF).nonzero().flatten(), off[:: -(-len(off) // OFF_REGIONS) or 1]])
-    return c[kept].float(), label[kept]
+    return found.c[kept].float(), label[kept]
 
 
 def evaluate_examples(job: EvalConfig, source: Path) -> EvalResult:

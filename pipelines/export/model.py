@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -83,15 +83,11 @@ def check(
             found = run(torch.stack(given) if batch else picture, classes, novel)
             for image, rows in zip(given, zip(*found, strict=True) if batch else [found], strict=True):
                 expected = detect(model.predict([image], classes)[0], novel, config)
-                one, other = (in_percent(d, picture, model.recipe.input) for d in (expected, _over_zero(*rows)))
+                kept = rows[1] != 0  # a batch has zeros, so that its pictures have as many each
+                there = Detections(*(part[kept] for part in rows))
+                one, other = (in_percent(d, picture, model.recipe.input) for d in (expected, there))
                 worst, count = max(worst, largest_difference(one, other, config)), count + len(expected.scores)
     return Checked(len(pictures), count, worst)
-
-
-def _over_zero(boxes: Tensor, scores: Tensor, labels: Tensor) -> Detections:
-    """Without those that a batch has so that its pictures have as many each."""
-    kept = scores != 0
-    return Detections(boxes[kept], scores[kept], labels[kept])
 
 
 def in_percent(found: Detections, picture: Tensor, config: InputConfig) -> Detections:
@@ -103,10 +99,10 @@ def in_percent(found: Detections, picture: Tensor, config: InputConfig) -> Detec
     return replace(found, boxes=found.boxes * torch.tensor([wide / width, high / height] * 2) * 100 / config.long_side)
 
 
-def _made_up_classes(detector: nn.Module, picture: Tensor, texts: Tensor) -> Tensor:
+def _made_up_classes(detector: nn.Module | None, picture: Tensor, texts: Tensor) -> Tensor:
     """(n, D): features of some regions, where the detector tells them; else its classes in mixtures."""
     if isinstance(detector, ExportableDetector):
-        features = detector.rois(picture)[1]
+        features = detector.rois(picture).c
         return features[:: -(-max(len(features), 1) // _MADE_UP_CLASSES)]
     return texts + texts.roll(1, 0)
 
@@ -209,7 +205,7 @@ def open_model(form: ModelForm, file: Path) -> tuple[Run, dict[str, str]]:
     """Open a file that `write` wrote, as its user would: a function of (image, texts, is_novel), and what the file
     carries.
 
-    The function is that of `traceable`. A safetensors file names the backbone, which may be code (docs/EXTENDING.md).
+    A safetensors file names the backbone, which may be code (docs/EXTENDING.md).
     """
     return {
         ModelForm.ONNX: _open_onnx,
@@ -229,7 +225,7 @@ def _write_onnx(model: Model, example: tuple[Tensor, ...], carried: dict[str, st
     # The exporter that follows torch.export keeps no NMS whose result has a length of its own; this one is in torch 2.6
     # to 2.15 at least.
     torch.onnx.export(
-        traceable(model),
+        cast(nn.Module, traceable(model)),
         example,
         str(file),
         input_names=list(INPUTS),
@@ -299,14 +295,18 @@ def _open_safetensors(file: Path) -> tuple[Run, dict[str, str]]:
     model = build_detector(
         build_recipe(tomllib.loads(carried["recipe"]), str(file)), int(carried["embedding_size"]), initialise=False
     )
-    fit = model.load_state_dict(load_file(file), strict=False)
-    if fit.unexpected_keys or (
-        missing := [name for name in fit.missing_keys if not name.startswith(model.training_parts)]
-    ):
+    fit = model.eval().load_state_dict(load_file(file), strict=False)
+    missing = [name for name in fit.missing_keys if not name.startswith(model.training_parts)]
+    if fit.unexpected_keys or missing:
         raise HdovdError(
             f"{file} does not hold the detector of its recipe: unknown {fit.unexpected_keys}, missing {missing}"
         )
-    return traceable(model), carried
+
+    def run(image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = detect(model.predict([image], texts)[0], is_novel, model.recipe.inference)
+        return found.boxes, found.scores, found.labels
+
+    return run, carried
 
 
 TOLERANCE = 1e-3  # of boxes in percent of the input's long side, and of scores
@@ -322,12 +322,13 @@ def export_model(job: ExportModelConfig) -> Checked:
     recipe, (names, texts, is_novel) = run.recipe(), _classes(job, run)
     pictures = made_up_pictures(recipe.input) + [decode(path).pixels for path in job.check_images]
     model = build_detector(recipe, texts.shape[1], initialise=False)
-    if job.form is not ModelForm.SAFETENSORS and model.exportable is None:
+    traced = traceable(model)
+    if job.form is not ModelForm.SAFETENSORS and traced is None:
         raise HdovdError(
             f"--format {job.form.value}: a run of detector {recipe.detector.name} can be exported as safetensors alone "
             f"(--format safetensors), which hdovd opens; there is no form of it that other programs run"
         )
-    if job.batch and not getattr(traceable(model), "batches", False):
+    if job.batch and not getattr(traced, "batches", False):
         raise HdovdError(
             f"--batch: detector {recipe.detector.name} with [inference] nms = {recipe.inference.nms:g} takes one "
             f"picture at a time; batches are for a detector without NMS (rtdetr with nms = 1)"

@@ -44,9 +44,9 @@ def detector(*settings: str, initialise: bool = True) -> RTDETR:
     torch.manual_seed(0)
     model = RTDETR(small(*settings), DIM, initialise)
     with torch.no_grad():
-        for branch in (model.network.selection.deltas, *(stage.deltas for stage in model.stages)):
+        for branch in (model.network.selection.deltas, *(stage.deltas for stage in model.network.stages)):
             branch[-1].weight.normal_(std=0.05)
-        for stage in model.stages:
+        for stage in model.network.stages:
             stage.sampling.offsets.weight.normal_(std=0.05)
             stage.sampling.weights.weight.normal_(std=0.05)
             stage.objectness[0].bias.zero_()

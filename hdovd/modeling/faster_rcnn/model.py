@@ -7,15 +7,16 @@ N images, R RoIs, K base classes, D embedding size.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import clip_boxes_to_image
+from torchvision.models.detection.image_list import ImageList
 
 from hdovd.config.recipe import Recipe
 from hdovd.data.targets import Targets, scale_all, with_large_pseudo_boxes
 from hdovd.modeling.backbones.pyramid import build_backbone
-from hdovd.modeling.base import Detector, ExtraLosses, RoIPredictions, StepContext, Students
+from hdovd.modeling.base import Detector, ExtraLosses, Regions, StepContext, Students
 from hdovd.modeling.batching import batch_images, draw_short_sides, keys_of
-from hdovd.modeling.boxes import BoxCoder
+from hdovd.modeling.boxes import BoxCoder, limits
 from hdovd.modeling.distributed import divisor
 from hdovd.modeling.levels.classwise import ClassLevel
 from hdovd.modeling.levels.imagewise import ImageLevel
@@ -53,7 +54,7 @@ class FasterRCNN(Detector):
     Without `initialise` the backbone is left as it is, because weights are loaded over it.
     """
 
-    exportable = "hdovd.modeling.export.detectors:ExportableFasterRCNN"
+    exportable = "hdovd.modeling.export.detectors:ExportableDetector"
     knows_backgrounds = True
     training_parts = ("class_level.", "instance_level.", "image_level.", "extra.")
 
@@ -149,61 +150,27 @@ class FasterRCNN(Detector):
         boxes = sum(len(t.all_boxes) for t in view.targets)
         return Students(*box_students(view.d, view.box_of_roi[view.box_of_roi >= 0], boxes), view.targets)
 
-    @torch.inference_mode()
-    def predict(self, images: list[Tensor], texts: Tensor) -> list[RoIPredictions]:
-        """Scores of every proposal of a batch for any classes.
-
-        Args:
-            images: (3, h, w) uint8 RGB each. texts: (C, D) text embeddings of the classes asked for.
-        """
-        batch, factors = batch_images(images, self.recipe.input)
+    def regions(self, batch: ImageList) -> Regions:
+        """Every proposal of a batch."""
         features = self.backbone(batch.tensors)
         proposals, _ = self.rpn(batch, features)
         deltas, c, r = self.head(self.pool(features, proposals))
-        s1, s2 = roi_scores(c, self.head.distill(r), texts, self.backgrounds(self.background[None]), self.recipe)
-        decoded = CODER.decode_single(deltas, torch.cat(proposals))
-        counts = [len(p) for p in proposals]
-        per_image = zip(
-            decoded.split(counts),
-            s1.split(counts),
-            [None] * len(counts) if s2 is None else s2.split(counts),
-            batch.image_sizes,
-            factors,
-            strict=True,
-        )
-        return [
-            RoIPredictions(clip_boxes_to_image(boxes, size) / boxes.new_tensor([*factor, *factor]), one, two)
-            for boxes, one, two, size, factor in per_image
-        ]
+        boxes = CODER.decode_single(deltas, torch.cat(proposals)).clamp(min=0)
+        last = [limit.expand_as(own) for limit, own in zip(limits(batch.image_sizes, boxes), proposals, strict=True)]
+        return Regions(boxes.minimum(torch.cat(last)), c, self.head.distill(r), [len(own) for own in proposals])
 
-
-def roi_scores(
-    c: Tensor, d: Tensor | None, texts: Tensor, backgrounds: Tensor, recipe: Recipe
-) -> tuple[Tensor, Tensor | None]:
-    """Scores of RoIs for any classes (METHOD section 7).
-
-    Args:
-        c, d: (R, D) features of the classification and, if the head has one, of the distillation.
-        texts: (C, D) of the classes. backgrounds: (B + 1, D).
-
-    Returns:
-        Probabilities (R, C + 1), the last of the background; and (R, C) of the distillation, or None.
-    """
-    first = classwise.class_probability(c, texts, backgrounds, recipe.faster_rcnn.head.logit_scale)
-    second = None if d is None else classwise.cosine_logits(d, texts, recipe.inference.distillation_scale).sigmoid()
-    return first, second
+    def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
+        backgrounds, scale = self.backgrounds(self.background[None]), self.recipe.inference.distillation_scale
+        first = classwise.class_probability(c, texts, backgrounds, self.config.head.logit_scale)
+        return first, None if d is None else classwise.cosine_logits(d, texts, scale).sigmoid()
 
 
 def _box_loss(view: StepContext) -> Tensor:
-    boxes = torch.cat([t.all_boxes for t in view.targets])
+    boxes = F.pad(torch.cat([t.all_boxes for t in view.targets]), (0, 0, 0, 1))  # row -1 serves background
     base = torch.cat([torch.arange(len(t.all_boxes), device=boxes.device) < len(t.boxes) for t in view.targets])
-    if len(boxes):
-        wanted = CODER.encode_single(boxes[view.box_of_roi.clamp(min=0)], torch.cat(view.rois))
-        is_base = base[view.box_of_roi.clamp(min=0)] & (view.box_of_roi >= 0)
-    else:
-        wanted, is_base = torch.zeros_like(view.deltas), view.box_of_roi >= 0
+    wanted = CODER.encode_single(boxes[view.box_of_roi], torch.cat(view.rois))
     count = divisor(torch.full((), len(view.deltas), device=view.deltas.device))
-    return classwise.box_loss(view.deltas, wanted, is_base, count)
+    return classwise.box_loss(view.deltas, wanted, F.pad(base, (0, 1))[view.box_of_roi], count)
 
 
 def _rename_old(_: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:

@@ -5,7 +5,10 @@ Prompts are [t_1..t_K; u_1..u_A; bg]. The level keeps nothing between steps: the
 own, which needs it without this level too.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdovd.config.recipe import ClassLossConfig, PseudoBoxConfig
@@ -24,15 +27,11 @@ class ClassLevel(nn.Module):
 
     def forward(self, view: StepContext, backgrounds: Tensor) -> dict[str, Tensor]:
         """`backgrounds`: (B + 1, D), B text embeddings of backgrounds and the learned one."""
-        texts, first = [view.texts], len(view.texts)
-        if self.config.enabled:
-            own = torch.cat([t.pseudo_texts for t in view.targets])
-            counts = counts_of_ranks(len(own), own.device)
-            texts.append(gather_rows(own, counts))
-            first += sum(counts[: rank()])
-        prompts = torch.cat([*texts, backgrounds])
+        prompts, labels = prompts_and_labels(view.targets, view.texts, backgrounds, with_pseudo=self.config.enabled)
         background = len(prompts) - len(backgrounds)
-        labels, weights = self.labels_and_weights(view.box_of_roi, view.targets, first, background)
+        weights = box_weights(view.targets, self.config, self.pseudo)
+        labels = F.pad(labels, (0, 1), value=background)[view.box_of_roi]  # row -1 serves background
+        weights = F.pad(weights, (0, 1), value=1.0)[view.box_of_roi]
         logits = classwise.cosine_logits(view.c, prompts, self.logit_scale)
         logits = classwise.with_one_background(logits, len(backgrounds))
         if self.config.federated:
@@ -41,32 +40,34 @@ class ClassLevel(nn.Module):
             logits = classwise.of_judged(logits, [t.judged for t in view.targets], image, labels == background)
         return {"classification": classwise.classification_loss(logits, labels, weights, divisor((weights > 0).sum()))}
 
-    def labels_and_weights(
-        self, box_of_roi: Tensor, targets: list[Targets], first: int, background: int
-    ) -> tuple[Tensor, Tensor]:
-        """The prompt that every RoI should be found by, and its weight.
 
-        Without the level a RoI of a pseudo box has no prompt of its own: the background's label, and weight 0.
+def prompts_and_labels(
+    targets: Sequence[Targets], texts: Tensor, backgrounds: Tensor, *, with_pseudo: bool
+) -> tuple[Tensor, Tensor]:
+    """The classifier's prompts (X, D), of which the last are `backgrounds` (B + 1, D), and which of them finds each box
+    of the batch, (B,) int64. Without pseudo boxes among them, those are to be found by bg (and weigh nothing).
 
-        Args:
-            box_of_roi: (R,) box in 0..B-1, or -1. first: place of this process's first pseudo text among the prompts.
-            background: place of the background.
+    Args:
+        texts: (K, D) of the base classes.
+    """
+    parts, counts = [texts.to(backgrounds)], [len(t.pseudo_boxes) for t in targets]
+    place = torch.full((sum(counts),), len(texts), device=texts.device)
+    if with_pseudo:
+        own = torch.cat([t.pseudo_texts for t in targets]).to(backgrounds)
+        of_ranks = counts_of_ranks(len(own), own.device)
+        parts.append(gather_rows(own, of_ranks))
+        first = len(texts) + sum(of_ranks[: rank()])
+        place = torch.arange(first, first + len(own), device=texts.device)
+    of_images = zip(targets, place.split(counts), strict=True)
+    return torch.cat([*parts, backgrounds]), torch.cat([rows for t, own in of_images for rows in (t.labels, own)])
 
-        Returns:
-            labels (R,) int64, weights (R,).
-        """
-        device = box_of_roi.device
-        counts = [len(t.pseudo_boxes) for t in targets]
-        trust, own = torch.zeros(sum(counts), device=device), torch.full((sum(counts),), background, device=device)
-        if self.config.enabled:  # for all images at once: on a CPU it is the number of operations that costs
-            trust = self.config.weight * classwise.reliability(
-                torch.cat([t.pseudo_embeddings for t in targets]),
-                torch.cat([t.pseudo_texts for t in targets]),
-                *self.pseudo.reliability,
-            )
-            own = torch.arange(first, first + len(trust), device=device)
-        last = torch.full((1,), background, device=device)  # row -1 serves background
-        of_images = list(zip(targets, own.split(counts), trust.split(counts), strict=True))
-        labels = [rows for t, of_pseudo, _ in of_images for rows in (t.labels, of_pseudo)]
-        weights = [rows for t, _, trusted in of_images for rows in (trust.new_ones(len(t.boxes)), trusted)]
-        return torch.cat([*labels, last])[box_of_roi], torch.cat([*weights, trust.new_ones(1)])[box_of_roi]
+
+def box_weights(targets: Sequence[Targets], config: ClassLossConfig, pseudo: PseudoBoxConfig) -> Tensor:
+    """Weights (B,) of the boxes of a batch: 1, or w_j for a pseudo box (0 without the level)."""
+    counts, like = [len(t.pseudo_boxes) for t in targets], targets[0].boxes
+    trust = like.new_zeros(sum(counts))
+    if config.enabled and any(counts):  # for all images at once: on a CPU it is the number of operations that costs
+        v, u = (torch.cat([getattr(t, name) for t in targets]) for name in ("pseudo_embeddings", "pseudo_texts"))
+        trust = config.weight * classwise.reliability(v, u, *pseudo.reliability)
+    of_images = zip(targets, trust.split(counts), strict=True)
+    return torch.cat([rows for t, own in of_images for rows in (like.new_ones(len(t.boxes)), own)])

@@ -13,17 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from hdovd.config.detector import QueryDetectorConfig
+from hdovd.config.detector import FORMS, QueryDetectorConfig
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
 from hdovd.data.targets import Targets, scale_all
-from hdovd.modeling.base import Detector, ExtraLosses, RoIPredictions, StepContext, Students
+from hdovd.modeling.base import Detector, ExtraLosses, Regions, StepContext, Students
 from hdovd.modeling.batching import batch_images, draw_short_sides, keys_of
 from hdovd.modeling.distributed import divisor
+from hdovd.modeling.levels.classwise import prompts_and_labels
 from hdovd.modeling.levels.imagewise import ImageLevel
-from hdovd.modeling.losses.classwise import cosine_logits, of_judged, with_one_background
-from hdovd.modeling.queries.levels import InstanceLevels, TextLevel
+from hdovd.modeling.losses.classwise import (
+    class_probability,
+    classification_loss,
+    cosine_logits,
+    of_judged,
+    with_one_background,
+)
+from hdovd.modeling.queries.losses import InstanceLevels, TextLevel, box_losses, objectness_loss, query_weights
 from hdovd.modeling.queries.pairs import (
     Candidates,
     Pairs,
@@ -34,16 +41,6 @@ from hdovd.modeling.queries.pairs import (
     pairing_costs,
     to_device,
     to_host,
-)
-from hdovd.modeling.queries.scores import (
-    TextAdapters,
-    box_losses,
-    classification_loss,
-    objectness_loss,
-    prompts_and_labels,
-    query_scores,
-    query_weights,
-    with_objectness,
 )
 
 LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost of pairing it; released code
@@ -63,6 +60,37 @@ class QueryStage(nn.Module):
     def object_logits(self, content: Tensor) -> Tensor:
         """Logits (...) float32 of there being an object."""
         return cast(Tensor, self.objectness(content)[..., 0].float())
+
+
+class TextAdapters(nn.Module):
+    """`classified` is what the classifier compares with its prompts; `distilled` what the losses in text space are
+    about.
+
+    The second one's weights are made of the last ones of the first, which learn nothing by it. It starts as the
+    identity.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.visual_to_text = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim)
+        )
+        self.transfer = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        for start in self.transfer[-1].parameters():
+            nn.init.zeros_(start)
+
+    def classified(self, c: Tensor) -> Tensor:
+        """(..., D) -> (..., D) float32."""
+        moved: Tensor = self.visual_to_text(c)
+        return c + moved.float()
+
+    def distilled(self, c: Tensor) -> Tensor:
+        """(..., D) -> (..., D) float32."""
+        last = self.visual_to_text[-1]
+        assert isinstance(last, nn.Linear)
+        with torch.autocast(c.device.type, enabled=False):
+            moved: Tensor = c @ self.transfer(last.weight.detach()).T
+            return c + moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +138,18 @@ class QueryDetector(Detector):
     stages: nn.ModuleList
     object_text: Tensor
 
-    def finish(self, recipe: Recipe, dim: int, config: QueryDetectorConfig) -> None:
+    def __init__(self, recipe: Recipe, dim: int, name: str) -> None:
+        """`name`: of the form that the [detector] section has to have."""
+        super().__init__()
+        if not isinstance(recipe.detector, FORMS[name]):
+            raise HdovdError(
+                f"detector.name = {recipe.detector.name!r}: this detector needs a recipe with detector.name = {name!r}"
+            )
+        self.recipe, self.dim, self.config = recipe, dim, cast(QueryDetectorConfig, recipe.detector)
+
+    def finish(self) -> None:
         """Add the parts that all such detectors have, after a detector's own."""
+        recipe, dim, config = self.recipe, self.dim, self.config
         self.adapters = TextAdapters(dim, config.decoder.adapter_channels)
         self.background = nn.Parameter(torch.randn(1, dim))
         self.register_buffer("object_text", torch.zeros(dim))
@@ -172,35 +210,20 @@ class QueryDetector(Detector):
         c = torch.stack([self.stage(s).describe(content) for s, content in enumerate(contents)])
         return c, torch.stack([self.stage(s).object_logits(content) for s, content in enumerate(contents)])
 
-    @torch.inference_mode()
-    def predict(self, images: list[Tensor], texts: Tensor) -> list[RoIPredictions]:
-        """The last stage's queries of every image, with their scores for any classes (METHOD section 7).
-
-        s2 is a softmax over the classes here. Boxes are not clipped to the image (released code).
-
-        Args:
-            images: (3, h, w) uint8 RGB each. texts: (K, D) text embeddings of the classes asked for.
-        """
-        batch, factors = batch_images(images, self.recipe.input)
+    def regions(self, batch: ImageList) -> Regions:
+        """The last stage's queries of every image. Their boxes are not clipped to it (released code)."""
         look = self.find(batch)
         c = self.stage(-1).describe(look.contents[-1]).flatten(0, 1)
         d = self.adapters.distilled(c) if self.recipe.loss.uses_pseudo_boxes else None  # else no level teaches it
-        s1, s2 = query_scores(
-            self.adapters.classified(c),
-            d,
-            texts.to(self.background),
-            self.backgrounds(self.background),
-            self.config.decoder.logit_scale,
-            self.recipe.inference.distillation_scale,
-        )
-        if (certainty := self.certainty(look)) is not None:
-            s1, s2 = with_objectness(s1, s2, certainty)
-        queries = look.boxes[-1].shape[1]
-        seconds = [None] * len(images) if s2 is None else s2.split(queries)
-        return [
-            RoIPredictions(boxes / boxes.new_tensor([*factor, *factor]), one, two)
-            for boxes, factor, one, two in zip(look.boxes[-1], factors, s1.split(queries), seconds, strict=True)
-        ]
+        images, queries = look.boxes[-1].shape[:2]
+        boxes = look.boxes[-1].flatten(0, 1)
+        return Regions(boxes, self.adapters.classified(c), d, [queries] * images, self.certainty(look))
+
+    def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Both are a softmax over the classes (released code)."""
+        texts, scale = texts.to(self.background), self.recipe.inference.distillation_scale
+        first = class_probability(c, texts, self.backgrounds(self.background), self.config.decoder.logit_scale)
+        return first, None if d is None else cosine_logits(d, texts, scale).softmax(dim=1)
 
     def begin_epoch(self, epoch: int) -> None:
         """The stages see pseudo boxes, and the levels distil, from the recipe's epoch on. Candidates see pseudo boxes
@@ -281,7 +304,8 @@ class QueryDetector(Detector):
 
     def _step(self, boxes: StepBoxes, keys: Sequence[int | None], texts: Tensor) -> Step:
         backgrounds = self.backgrounds(self.background)
-        prompts, labels = prompts_and_labels(boxes, texts, backgrounds, with_pseudo=self.recipe.loss.class_.enabled)
+        with_pseudo = self.recipe.loss.class_.enabled
+        prompts, labels = prompts_and_labels(boxes.targets, texts, backgrounds, with_pseudo=with_pseudo)
         return Step(boxes, keys, prompts, labels, len(prompts) - len(backgrounds), len(texts))
 
     def _pair(self, look: ForwardOutput, logits: Tensor, boxes: StepBoxes) -> tuple[Pairs, Tensor]:
@@ -326,7 +350,7 @@ class QueryDetector(Detector):
             image = torch.arange(wanted.shape[1], device=wanted.device).view(1, -1, 1).expand_as(wanted).flatten()
             is_background = wanted.flatten() == step.background
             scores = of_judged(scores, [t.judged for t in step.boxes.targets], image, is_background)
-        return self.config.loss.classification * classification_loss(scores, wanted, weights, count)
+        return self.config.loss.classification * classification_loss(scores, wanted.flatten(), weights.flatten(), count)
 
     def _distillation(self, view: StepContext, c: Tensor, pairs: Pairs, boxes: StepBoxes) -> dict[str, Tensor]:
         """The levels' losses; zero before their first epoch, so that a log has the same columns throughout."""

@@ -23,7 +23,7 @@ from hdovd.config.detector import MatchCosts
 from hdovd.config.recipe import ClassLossConfig, PseudoBoxConfig
 from hdovd.data.targets import Targets, with_large_pseudo_boxes
 from hdovd.modeling.boxes import overlap
-from hdovd.modeling.losses.classwise import reliability
+from hdovd.modeling.levels.classwise import box_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +93,6 @@ def boxes_of_step(
         ],
         dim=1,
     )
-    trust = padded.new_zeros(
-        sum(pseudo)
-    )  # without the class level no pseudo box has a prompt, and its query's loss no weight
-    if of_class.enabled and any(pseudo):
-        trust = of_class.weight * reliability(
-            torch.cat([t.pseudo_embeddings for t in used]),
-            torch.cat([t.pseudo_texts for t in used]),
-            *config.reliability,
-        )
-    trusts = zip(used, trust.split(pseudo), strict=True)
     objects = pad_sequence(
         [torch.cat([t.all_boxes, t.boxes.new_zeros(1, 4)]) for t in large], batch_first=True
     )  # never without a column
@@ -117,7 +107,7 @@ def boxes_of_step(
         column,
         padded,
         torch.cat([rows for t in used for rows in (t.labels, t.labels.new_full((len(t.pseudo_boxes),), -1))]),
-        torch.cat([rows for t, trusted in trusts for rows in (padded.new_ones(len(t.boxes)), trusted)]),
+        box_weights(used, of_class, config),
         torch.cat([rows for t in used for rows in (t.embeddings, t.pseudo_embeddings)]),
         objects,
         torch.arange(objects.shape[1], device=device) < torch.tensor(counts).to(device, non_blocking=True)[:, None],

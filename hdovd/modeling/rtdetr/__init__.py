@@ -1,6 +1,6 @@
 """RT-DETR (arXiv 2304.08069) with the distillation of queries: the detector that needs no NMS (METHOD section 12).
 `model.RTDETR` is the way in.
 
-A file a part: `encoder` (which fuses levels), `decoder` (which chooses queries and refines them), `losses` (what trains
-them beside what all queries have, denoising among it).
+A file a part: `network` (which fuses levels, chooses queries and refines them), `model` (what trains them beside what
+all queries have, denoising among it, and the whole).
 """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from hdovd.modeling.rois import PyramidRoIAlign, roi_align_on_cpu, sample_rois_of_images
+from hdovd.modeling.rois import PyramidRoIAlign, RoIAlignOnCpu, sample_rois_of_images
 
 
 def sample_rois(proposals: Tensor, boxes: Tensor, samples: int, positive_share: float) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ def test_the_gradient_on_a_cpu_is_torchvisions(size: tuple[int, int], samples: i
         :count
     ]
     expected = roi_align(maps, rois, 7, 1 / 8, samples, aligned=True)
-    pooled = roi_align_on_cpu(maps, rois, 7, 1 / 8, samples)
+    pooled = RoIAlignOnCpu.apply(maps, rois, 7, 1 / 8, samples)
     assert torch.equal(pooled, expected)
     weight = torch.randn(pooled.shape, generator=generator)
     torch.testing.assert_close(
@@ -208,5 +208,5 @@ def test_the_gradient_on_a_cpu_is_torchvisions(size: tuple[int, int], samples: i
 
 def test_no_rois_have_no_gradient() -> None:
     maps = torch.randn(1, 2, 4, 4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(roi_align_on_cpu(maps, torch.zeros(0, 5), 7, 0.25, 2).sum(), maps)
+    (gradient,) = torch.autograd.grad(RoIAlignOnCpu.apply(maps, torch.zeros(0, 5), 7, 0.25, 2).sum(), maps)
     assert torch.equal(gradient, torch.zeros_like(maps))

@@ -139,9 +139,11 @@ def test_boxes_of_another_image_drop_none() -> None:
     corners = 100 * torch.rand(4, 60, 2, generator=generator) - torch.tensor([9000.0, -9000.0])
     boxes = torch.cat([corners, corners + 30], dim=2)
     scores = torch.rand(4, 60, generator=generator)
-    expected = image_nms.nms_of_images(boxes, scores, 0.3, (25, 35)).sort().values
+    group = (torch.arange(60) >= 25).long().expand(4, 60)
+    expected = image_nms.nms_of_images(boxes, scores, 0.3, group).sort().values
     with PretendedCuda():
-        kept = image_nms.nms_of_images(boxes.to("cuda"), scores.to("cuda"), 0.3, (25, 35)).sort().values.cpu()
+        on_device = (boxes.to("cuda"), scores.to("cuda"), 0.3, group.to("cuda"))
+        kept = image_nms.nms_of_images(*on_device).sort().values.cpu()
     assert torch.equal(kept, expected)
     assert 0 < len(kept) < scores.numel()
 

@@ -61,9 +61,9 @@ def _seen(
     with torch.no_grad():
         for image in examples.images:
             pixels = examples.picture(examples.path(image), image.width, image.height, "apply").pixels
-            boxes, c, d = found.rois(pixels)[:3]
-            iou, best = box_iou(boxes, torch.from_numpy(image.boxes)).max(dim=1)
-            probabilities.append(found.scores(c, d, torch.cat([rows, others]))[0])
+            seen = found.rois(pixels)
+            iou, best = box_iou(seen.boxes, torch.from_numpy(image.boxes)).max(dim=1)
+            probabilities.append(detector.model.scores(seen.c, seen.d, torch.cat([rows, others]))[0])
             labels.append(torch.where(iou >= 0.5, torch.from_numpy(image.labels)[best], -1))
             off.append(iou < 0.3)
     return torch.cat(probabilities), torch.cat(labels), torch.cat(off)

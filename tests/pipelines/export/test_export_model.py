@@ -26,7 +26,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.batching import batch_images
 from hdovd.modeling.boxes import Detections, detect
-from hdovd.modeling.export.detectors import ExportableFasterRCNN
+from hdovd.modeling.export.detectors import ExportableDetector
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.pipelines.common.images import pixels_of
 from hdovd.pipelines.export.config import ModelForm
@@ -113,13 +113,13 @@ def test_every_form_finds_what_the_model_finds(
 def test_a_photo_is_resized_as_the_model_does_it(tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> None:
     """To the bit where torch adds alike: boxes of large pictures are off by whatever the resizing is."""
     trained = _random_run(tmp_path / "run", micro_recipe())
-    detector, config = ExportableFasterRCNN(_model(trained)), trained.recipe().input
+    detector, config = ExportableDetector(_model(trained)), trained.recipe().input
     generator = torch.Generator().manual_seed(0)
     for size in ((1000, 1500), (1125, 1500), (3000, 400), (7, 5), (config.short_side, config.short_side), (1, 900)):
         picture = torch.randint(0, 256, (3, *size), generator=generator).byte()
         expected, factors = batch_images([picture], config)
-        pixels, _, factor = detector.prepare(picture)
-        torch.testing.assert_close(pixels[None], expected.tensors.contiguous(), atol=2e-6, rtol=0)
+        batch, factor = detector.prepare(picture[None])
+        torch.testing.assert_close(batch.tensors.contiguous(), expected.tensors.contiguous(), atol=2e-6, rtol=0)
         assert factor.flip(0).tolist() == pytest.approx(factors[0], abs=0)
 
 
@@ -128,10 +128,10 @@ def test_onnx_resizes_a_photo_as_the_model_does_it(tmp_path: Path, micro_recipe:
     class Prepared(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.detector = ExportableFasterRCNN(_model(_random_run(tmp_path / "run", micro_recipe())))
+            self.detector = ExportableDetector(_model(_random_run(tmp_path / "run", micro_recipe())))
 
         def forward(self, image: Tensor) -> Tensor:
-            return self.detector.prepare(image)[0]
+            return self.detector.prepare(image[None])[0].tensors[0]
 
     module, picture = (
         Prepared(),

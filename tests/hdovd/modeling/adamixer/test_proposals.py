@@ -9,7 +9,7 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 from hdovd.config.detector import QueryProposalsConfig
 from hdovd.modeling.adamixer.decoder import SamplingTable
-from hdovd.modeling.adamixer.proposals import (
+from hdovd.modeling.adamixer.model import (
     DenseHead,
     DensePredictions,
     ProposalTrunk,

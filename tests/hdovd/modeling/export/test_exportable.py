@@ -9,9 +9,10 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from hdovd.config.recipe import PRESETS, InferenceConfig, load_recipe
-from hdovd.modeling.boxes import Detections, detect
-from hdovd.modeling.export.detectors import ExportableFasterRCNN, class_nms
-from hdovd.modeling.faster_rcnn.model import FasterRCNN, RoIPredictions
+from hdovd.modeling.base import RoIPredictions
+from hdovd.modeling.boxes import Detections, detect, nms_of_parts
+from hdovd.modeling.export.detectors import ExportableDetector
+from hdovd.modeling.faster_rcnn.model import FasterRCNN
 
 DIM = 6
 SMALL = (
@@ -59,7 +60,7 @@ def same(model: FasterRCNN, image: Tensor, texts: Tensor, is_novel: Tensor) -> i
     """Asserts that both find the same; how many they find."""
     expected = detect(model.predict([image], texts)[0], is_novel, model.recipe.inference)
     with torch.inference_mode():
-        found = Detections(*ExportableFasterRCNN(model)(image, texts, is_novel))
+        found = Detections(*ExportableDetector(model)(image, texts, is_novel))
     require_alike(found, expected, pixels=1e-4, score=1e-5)
     return len(found.labels)
 
@@ -104,14 +105,14 @@ def test_the_novel_classes_are_asked_for() -> None:
     model, texts = detector(), noise(4, DIM, seed=3)
     with torch.inference_mode():
         one, other = (
-            ExportableFasterRCNN(model)(picture(60, 60), texts, torch.full((4,), novel)) for novel in (False, True)
+            ExportableDetector(model)(picture(60, 60), texts, torch.full((4,), novel)) for novel in (False, True)
         )
     assert one[1][:5].tolist() != other[1][:5].tolist()
 
 
 def test_the_training_mode_of_the_model_does_not_matter() -> None:
     model = detector()
-    assert not ExportableFasterRCNN(model.train()).training
+    assert not ExportableDetector(model.train()).training
     assert not model.training
 
 
@@ -132,7 +133,10 @@ def test_suppression_is_exact_with_any_number_of_classes(classes: int) -> None:
         pair = torch.tensor([label, classes + label])
         expected |= {(int(pair[k]), label) for k in nms(boxes[pair], scores[pair, label], 0.5)}
     assert len(expected) == classes + (classes + 1) // 2
-    assert set(map(tuple, class_nms(boxes, scores, 0.5, 0.05).tolist())) == expected
+    candidates = (scores > 0.05).nonzero()
+    roi, label = candidates.unbind(1)
+    kept = nms_of_parts(boxes[roi], scores[roi, label], label, 0.5)
+    assert set(map(tuple, candidates[kept].tolist())) == expected
     config = InferenceConfig(
         alpha=0.0, beta=0.0, distillation_scale=20.0, score_threshold=0.05, nms=0.5, detections_per_image=9999
     )
@@ -146,4 +150,5 @@ def test_suppression_is_exact_with_any_number_of_classes(classes: int) -> None:
 
 
 def test_suppression_of_nothing() -> None:
-    assert class_nms(torch.zeros(0, 4), torch.zeros(0, 3), 0.5, 0.05).shape == (0, 2)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert nms_of_parts(torch.zeros(0, 4), torch.zeros(0), nothing, 0.5).shape == (0,)

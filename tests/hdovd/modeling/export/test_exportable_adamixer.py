@@ -14,7 +14,7 @@ from detections_alike import require_alike
 from hdovd.config.recipe import PRESETS
 from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.boxes import Detections, detect
-from hdovd.modeling.export.detectors import ExportableAdaMixer
+from hdovd.modeling.export.detectors import ExportableDetector
 from hdovd.pipelines.export.config import ModelForm
 from hdovd.pipelines.export.model import CARRIED, Run, open_model, write
 
@@ -55,7 +55,7 @@ def same(model: AdaMixer, run: Run) -> None:
 )
 def test_it_finds_what_the_model_finds(settings: tuple[str, ...]) -> None:
     model = detector(*settings).eval()
-    same(model, ExportableAdaMixer(model))
+    same(model, ExportableDetector(model))
 
 
 @pytest.mark.parametrize(
@@ -74,4 +74,4 @@ def test_queries_from_equal_candidates(form: ModelForm | None, tmp_path: Path) -
     model = detector("detector.proposals.pre_nms=100").eval()
     with torch.no_grad():
         model.proposals.main.object_scale.zero_()
-    same(model, ExportableAdaMixer(model) if form is None else written(form, model, tmp_path / "out"))
+    same(model, ExportableDetector(model) if form is None else written(form, model, tmp_path / "out"))

@@ -14,7 +14,7 @@ from rtdetr_scenes import detector
 
 from hdovd.config.recipe import PRESETS
 from hdovd.modeling.boxes import Detections, detect
-from hdovd.modeling.export.detectors import ExportableRTDETR
+from hdovd.modeling.export.detectors import ExportableDetector
 from hdovd.modeling.rtdetr.model import RTDETR
 from hdovd.pipelines.export.config import ModelForm
 from hdovd.pipelines.export.model import CARRIED, Run, open_model, write
@@ -55,7 +55,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_finds_what_the_model_finds(name: str) -> None:
     model = detector(*SETTINGS[name]).eval()
-    same(model, ExportableRTDETR(model))
+    same(model, ExportableDetector(model))
 
 
 @pytest.mark.parametrize("name", ["usual", "all cells", "all scores"])
@@ -87,7 +87,7 @@ def each(model: RTDETR, run: Run) -> None:
 @pytest.mark.parametrize("name", ["usual", "one score", "all cells"])
 def test_a_batch(name: str, tmp_path: Path) -> None:
     model = detector(*SETTINGS[name]).eval()
-    each(model, ExportableRTDETR(model))
+    each(model, ExportableDetector(model))
     example = torch.stack(pictures((90, 120), (90, 120))).contiguous(), unit(4, DIM, seed=1), torch.arange(4) > 2
     for form in (ModelForm.ONNX, ModelForm.TORCHSCRIPT):
         write(form, model, example, dict.fromkeys(CARRIED, ""), tmp_path / "out")

@@ -30,8 +30,11 @@ from torch import Tensor
 from hdovd.config.recipe import PRESETS
 from hdovd.core.errors import HdovdError
 from hdovd.data.targets import Targets, with_large_pseudo_boxes
+from hdovd.modeling.base import StepContext
 from hdovd.modeling.batching import batch_images, draw_short_sides
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
+from hdovd.modeling.levels import classwise as class_level
+from hdovd.modeling.losses import classwise
 from hdovd.modeling.rois import number_boxes, sample_rois_of_images
 
 # Losses by hand.
@@ -270,10 +273,18 @@ def test_the_class_weight_scales_the_pseudo_rois_only() -> None:
 
 
 def labels_and_weights(
-    box_of_roi: Tensor, *settings: str, first: int = BASE_COUNT, pseudo: int = 4
+    box_of_roi: Tensor, *settings: str, targets: list[Targets] | None = None
 ) -> tuple[Tensor, Tensor]:
-    _, targets = batch()  # 2 base + 1 pseudo, 1 base + 3 pseudo
-    return detector(*settings).class_level.labels_and_weights(box_of_roi, targets, first, BASE_COUNT + pseudo)
+    """As the classification loss is given them."""
+    _, batched = batch()  # 2 base + 1 pseudo, 1 base + 3 pseudo
+    level, given = detector(*settings).class_level, []
+    c, nothing = torch.zeros(len(box_of_roi), DIM), torch.zeros(0, 4)
+    view = StepContext({}, [], targets or batched, TEXTS, [nothing], box_of_roi, nothing, c, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classwise, "classification_loss", lambda *all_of_it: given.extend(all_of_it[1:3]) or c.sum())
+        level(view, torch.ones(1, DIM))
+    labels, weights = given
+    return labels, weights
 
 
 def test_boxes_are_numbered_image_by_image() -> None:
@@ -294,22 +305,23 @@ def test_labels_and_weights_are_those_of_the_boxes_base_before_pseudo() -> None:
     torch.testing.assert_close(weights, torch.tensor([1, 1, trust[0], 1, trust[0], trust[3], 1, 1, trust[1], trust[2]]))
 
 
-def test_labels_of_pseudo_boxes_begin_behind_the_prompts_of_other_processes() -> None:
-    labels, _ = labels_and_weights(torch.tensor([-1, 0, 2, 3, 6]), first=BASE_COUNT + 5, pseudo=11)
+def test_labels_of_pseudo_boxes_begin_behind_the_prompts_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(class_level, "counts_of_ranks", lambda own, _: [5, own, 2])
+    monkeypatch.setattr(class_level, "rank", lambda: 1)
+    monkeypatch.setattr(class_level, "gather_rows", lambda rows, counts: rows.new_ones(sum(counts), rows.shape[1]))
+    labels, _ = labels_and_weights(torch.tensor([-1, 0, 2, 3, 6]))
     assert labels.tolist() == [BASE_COUNT + 11, 0, BASE_COUNT + 5, 1, BASE_COUNT + 8]
 
 
 def test_without_the_class_level_pseudo_rois_have_no_weight() -> None:
-    labels, weights = labels_and_weights(torch.tensor([-1, 0, 2, 6, 3, -1]), "loss.class.enabled=false", pseudo=0)
+    labels, weights = labels_and_weights(torch.tensor([-1, 0, 2, 6, 3, -1]), "loss.class.enabled=false")
     assert labels.tolist() == [BASE_COUNT, 0, BASE_COUNT, BASE_COUNT, 1, BASE_COUNT]
     assert weights.tolist() == [1, 1, 0, 0, 1, 1]
 
 
 def test_labels_without_pseudo_boxes() -> None:
     _, targets = batch(pseudo=[[], []])
-    labels, weights = detector().class_level.labels_and_weights(
-        torch.tensor([1, -1, -1, 2]), targets, BASE_COUNT, BASE_COUNT
-    )
+    labels, weights = labels_and_weights(torch.tensor([1, -1, -1, 2]), targets=targets)
     assert labels.tolist() == [1, BASE_COUNT, BASE_COUNT, 1]
     assert weights.tolist() == [1, 1, 1, 1]
 
@@ -395,7 +407,11 @@ def test_keys_leave_the_global_generator_alone() -> None:
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [([1], "one an image, 2; found 1"), ([1, 2**63], "key 9223372036854775808"), ([-1, 0], "key -1")],
+    [
+        ([1], r"keys \[1\]: expected one an image, 2"),
+        ([1, 2**63], r"\[1, 9223372036854775808\]"),
+        ([-1, 0], r"\[-1, 0\]"),
+    ],
 )
 def test_keys_that_do_not_fit_are_refused(keys: list[int], message: str) -> None:
     with pytest.raises(HdovdError, match=message):

@@ -11,9 +11,10 @@ from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
 from hdovd.config.detector import MatchCosts, StageLossConfig, TextLevelConfig
-from hdovd.modeling.losses.classwise import reliability
+from hdovd.modeling.levels.classwise import prompts_and_labels
+from hdovd.modeling.losses.classwise import classification_loss, reliability
 from hdovd.modeling.losses.instance import relation_loss
-from hdovd.modeling.queries.levels import InstanceLevels, TextLevel, fused
+from hdovd.modeling.queries.losses import InstanceLevels, TextLevel, box_losses, fused, objectness_loss, query_weights
 from hdovd.modeling.queries.pairs import (
     NONE,
     Pairs,
@@ -23,13 +24,6 @@ from hdovd.modeling.queries.pairs import (
     pair_candidates,
     pair_stages,
     pairing_costs,
-)
-from hdovd.modeling.queries.scores import (
-    box_losses,
-    classification_loss,
-    objectness_loss,
-    prompts_and_labels,
-    query_weights,
 )
 
 S, N, Q = 2, 3, 6
@@ -166,7 +160,7 @@ def test_stage_losses_query_by_query(settings: tuple[str, ...]) -> None:
     predicted = predictions().requires_grad_()
     pairs = paired(boxes, predicted.detach())
     texts, background = unit(4, DIM, seed=7), unit(1, DIM, seed=8)
-    prompts, labels = prompts_and_labels(boxes, texts, background, with_pseudo=not settings)
+    prompts, labels = prompts_and_labels(boxes.targets, texts, background, with_pseudo=not settings)
     own = torch.cat([t.pseudo_texts for t in boxes.targets])
     assert torch.equal(prompts, torch.cat([texts, background] if settings else [texts, own, background]))
     assert labels.tolist() == ([1, 3, 4, 4, 1] if settings else [1, 3, 4, 5, 1])
@@ -176,7 +170,9 @@ def test_stage_losses_query_by_query(settings: tuple[str, ...]) -> None:
     given = {round(v, 4) for v in weights.flatten().tolist()}
     assert {0.0, 0.5, 1.0} <= given  # unmatched and near or poorly matched; unmatched; matched
     mine = [
-        classification_loss(scores.flatten(0, 2), pairs.to_queries(labels, len(prompts) - 1), weights, count),
+        classification_loss(
+            scores.flatten(0, 2), pairs.to_queries(labels, len(prompts) - 1).flatten(), weights.flatten(), count
+        ),
         objectness_loss(logits, pairs.to_queries(torch.ones_like(boxes.weights), 0.0), count),
         *box_losses(predicted, pairs, boxes, count),
     ]

@@ -9,9 +9,8 @@ from hdovd.data.targets import Targets
 from hdovd.modeling.batching import batch_images
 from hdovd.modeling.queries.detector import Step
 from hdovd.modeling.queries.pairs import NONE, Candidates, StepBoxes
-from hdovd.modeling.rtdetr.decoder import to_pixels
-from hdovd.modeling.rtdetr.losses import CHOSEN, NOBODY, Noised, candidate_losses, noised, varifocal_rows
-from hdovd.modeling.rtdetr.model import RTDETR
+from hdovd.modeling.rtdetr.model import CHOSEN, NOBODY, RTDETR, Noised, candidate_losses, noised, varifocal_rows
+from hdovd.modeling.rtdetr.network import to_pixels
 
 BOXES, PSEUDO = [[14.0, 14.0, 60.0, 70.0], [20.0, 10.0, 90.0, 80.0]], [[30.0, 5.0, 80.0, 60.0], [0.0, 40.0, 50.0, 90.0]]
 SIZES = ((96, 128), (128, 96), (96, 96))

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from hdovd.config.detector import HybridEncoderConfig
 from hdovd.modeling.boxes import covered
-from hdovd.modeling.rtdetr.decoder import (
+from hdovd.modeling.rtdetr.model import varifocal_rows
+from hdovd.modeling.rtdetr.network import (
+    Attention,
     DeformableAttention,
     GridSampling,
+    HybridEncoder,
+    PictureNorm,
     Selection,
     Stage,
     cells_of,
@@ -20,8 +24,6 @@ from hdovd.modeling.rtdetr.decoder import (
     to_pixels,
     to_shares,
 )
-from hdovd.modeling.rtdetr.encoder import Attention, HybridEncoder, PictureNorm
-from hdovd.modeling.rtdetr.losses import varifocal_rows
 
 N, Q, C, HEADS, POINTS = 2, 3, 8, 2, 3
 SHAPES = [(6, 5), (3, 4)]

@@ -6,9 +6,9 @@ from adamixer_scenes import DIM, pictures, unit
 from rtdetr_scenes import detector, small
 
 from hdovd.core.errors import HdovdError
+from hdovd.modeling.base import Regions
 from hdovd.modeling.batching import batch_images
 from hdovd.modeling.boxes import detect
-from hdovd.modeling.queries.scores import with_objectness
 
 
 @pytest.mark.parametrize(
@@ -39,16 +39,17 @@ def test_both_scores_are_times_the_objectness() -> None:
 
 
 def test_what_classes_lose_is_the_backgrounds() -> None:
-    first, second = with_objectness(torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.6, 0.4]]), torch.tensor([0.5]))
+    model, found = detector(), Regions(torch.zeros(1, 4), torch.zeros(1, DIM), None, [1], torch.tensor([0.5]))
+    model.scores = lambda *_: (torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.6, 0.4]]))
+    first, second = model.region_scores(found, torch.zeros(2, DIM))
     torch.testing.assert_close(first, torch.tensor([[0.25, 0.15, 0.6]]))
     torch.testing.assert_close(second, torch.tensor([[0.3, 0.2]]))
-    assert with_objectness(first, None, torch.tensor([1.0]))[1] is None
 
 
 def test_boxes_on_each_other_are_all_found() -> None:
     """There is no NMS, and as many are found as are asked for."""
     model = detector("inference.score_threshold=0.0", "inference.detections_per_image=30").eval()
-    for stage in model.stages:
+    for stage in model.network.stages:
         torch.nn.init.zeros_(stage.deltas[-1].weight)
         torch.nn.init.constant_(stage.deltas[-1].bias, 9.0)
     found = detect(

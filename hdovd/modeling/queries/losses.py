@@ -1,7 +1,9 @@
-"""What distils, over all stages: level 1's losses in visual space (METHOD section 4) and level 2's in text space
-(sections 5 and 11).
+"""What trains queries, over all stages at once: objectness, boxes, weights of the classification (HD-OVD, METHOD
+section 11); and what distils: level 1's losses in visual space (section 4) and level 2's in text space (sections 5 and
+11).
 
-S stages, K base classes, n pairs of a stage, b base and p pseudo boxes with a query, of one stage and all processes, D
+Losses are sums over stages. S stages, N pictures, Q queries, G boxes of the batch, T boxes of a picture, padded
+(`pairs`), K base classes, n pairs of a stage, b base and p pseudo boxes with a query, of one stage and all processes, D
 embedding size.
 """
 
@@ -11,13 +13,48 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
 
-from hdovd.config.detector import TextLevelConfig
+from hdovd.config.detector import StageLossConfig, TextLevelConfig
 from hdovd.config.recipe import InstanceLossConfig
 from hdovd.core.errors import HdovdError
+from hdovd.modeling.boxes import overlap
 from hdovd.modeling.distributed import FeatureQueue, gather_rows
 from hdovd.modeling.levels.instance import pair_losses
 from hdovd.modeling.losses.instance import relation_loss
+from hdovd.modeling.queries.pairs import Pairs, StepBoxes
+
+
+def query_weights(pairs: Pairs, boxes: StepBoxes, config: StageLossConfig) -> Tensor:
+    """Weights (S, N, Q) of the queries in the classification loss.
+
+    That of its box, but 0 if the two overlap too little. Without a box a constant, but 0 if it lies on a box that is
+    another's.
+    """
+    given = pairs.to_queries(torch.where(pairs.own_iou < config.poor_iou, 0.0, boxes.weights), -1.0)
+    taken = torch.zeros(pairs.iou.shape[0], *boxes.padded.shape[:2], dtype=torch.bool, device=given.device)
+    taken[:, boxes.picture, boxes.column] = pairs.found
+    near = ((pairs.iou > config.near_iou) & taken[:, :, None]).any(dim=-1)
+    return torch.where(given >= 0, given, torch.where(near, 0.0, config.unmatched_weight))
+
+
+def objectness_loss(logits: Tensor, is_object: Tensor, count: Tensor) -> Tensor:
+    """Focal loss (arXiv 1708.02002; alpha 0.25, gamma 2) of logits (S, N, Q): the sum, divided by `count` ()."""
+    loss: Tensor = sigmoid_focal_loss(logits, is_object.to(logits), alpha=0.25, gamma=2, reduction="sum") / count
+    return loss
+
+
+def box_losses(predicted: Tensor, pairs: Pairs, boxes: StepBoxes, count: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 in sides of the picture, and 1 - GIoU, of boxes (S, N, Q, 4) with the base boxes that they are paired with;
+    sums over `count`.
+    """
+    own, counted = pairs.of_boxes(predicted), pairs.found & boxes.is_base
+    far = ((own - boxes.boxes).abs() / boxes.sizes.flip(-1).tile(2)[boxes.picture]).sum(dim=-1)
+    _, giou = overlap(own, boxes.boxes)
+    return (far * counted).sum() / count, ((1 - giou) * counted).sum() / count
+
+
+# --- what distils ---
 
 
 class InstanceLevels(nn.Module):
