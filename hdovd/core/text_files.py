@@ -232,6 +232,15 @@ class JsonStream:
                     f"{self.what} {self.path} is not valid JSON ({why}); is the download complete?"
                 ) from error
 
+    def items(self, expected: str) -> Iterator[Any]:
+        """The items of a top-level list, of which the file is `expected` to be. Raises HdovdError for another thing."""
+        for _, item in self:
+            if None not in self.lists:
+                break
+            yield item
+        if None not in self.lists:
+            raise HdovdError(f"{self.path} is no {expected}")
+
     def _document(self) -> Iterator[tuple[str | None, Any]]:
         if self._peek() == "{":
             for _ in self._parts("}"):

@@ -11,6 +11,7 @@ import os
 import re
 from array import array
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
@@ -96,28 +97,28 @@ class Split:
         return self.folder / image.file_name
 
 
-def _four_numbers(xywh: Any) -> array[float] | None:
-    """The numbers of a COCO box, or None if it holds anything else."""
-    if not isinstance(xywh, list) or len(xywh) != 4 or bool in map(type, xywh):
-        return None
+def number(value: Any) -> float:
+    """A number of a file; NaN for what is none, a bool too, and infinite for a whole number past the largest float."""
     try:
-        return array("d", xywh)
-    except TypeError:
-        return None
-    except OverflowError:  # a whole number past the largest float
-        return array("d", [math.inf] * 4)
+        return float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def four_numbers(xywh: Any) -> list[float]:
+    """The numbers of a COCO box, all NaN if it holds anything else."""
+    sound = isinstance(xywh, list) and len(xywh) == 4 and all(type(v) in (int, float) for v in xywh)
+    return [*map(number, xywh)] if sound else [math.nan] * 4
 
 
 def clip_box(xywh: Any, width: int, height: int) -> tuple[list[float] | None, str]:
     """A COCO box (x, y, w, h) as xyxy inside the image, or None with the reason why it cannot be one."""
-    numbers = _four_numbers(xywh)
-    if numbers is None:
-        return None, "box is not four numbers"
-    x, y, w, h = numbers
+    x, y, w, h = numbers = four_numbers(xywh)
     box = array(
         "f", (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
     ).tolist()  # as float32 holds it
     faults = (
+        ("box is not four numbers", all(map(math.isnan, numbers))),
         ("box is not finite", not all(map(math.isfinite, numbers))),
         ("box is inverted (negative width or height)", w < 0 or h < 0),
         ("box has no area", w * h == 0),
@@ -146,81 +147,57 @@ def load_split(
     if not folder.is_dir():
         raise HdovdError(f"no image folder {folder}: give it with --images")
     found = read_instances(annotations, folder, federated)
-    label_of, coco_ids = _labels(found.names, protocol, annotations)
+    coco_ids = coco_ids_of(found.names, protocol, annotations)
+    label_of = {coco_id: label for label, coco_id in enumerate(coco_ids)}
     if found.absent and not protocol.federated:
         log(
             f"note: {annotations} says what is not in its images, as LVIS's annotations do, but protocol "
             f"{protocol.name} takes them for complete: federated = true in it would not"
         )
-    others = Counter(found.names[c] for c in found.categories if c not in label_of and c in found.names)
+    others = Counter(found.names[c] for c in found.categories.tolist() if c not in label_of and c in found.names)
     if others and federated is None:  # COCO's and LVIS's own have more classes than a protocol
         log(
             f"note: {annotations}: {counted(others.total(), 'box is', 'boxes are')} of classes that protocol "
             f"{protocol.name} does not name: {shorten(sorted(others))}"
         )
-    skips = Skips()
-    rows, labels, spoilt = _usable(found, label_of, len(protocol.base) if base_only else None, skips)
-    wanted = protocol.base if base_only else protocol.names
+    skips, wanted = Skips(), protocol.base if base_only else protocol.names
+    rows, spoilt = _usable(found, set(coco_ids[: len(wanted)]), base_only, skips)
     if not any(rows.values()):
         raise HdovdError(
             f"{annotations} holds no usable box of the {len(wanted)} classes of protocol {protocol.name} "
             f"({shorten(list(wanted))})" + "".join("\n" + line for line in skips.lines())
         )
     keep_empty = protocol.keep_empty_train if base_only else protocol.keep_empty_val
-    boxes, kept, empty = np.frombuffer(found.boxes).reshape(-1, 4), list[ImageBoxes](), list[int]()
+    kept, empty = list[ImageBoxes](), list[int]()
     for i, (name, width, height) in found.images.items():
-        own = rows[i]
-        if not own and i in spoilt:
+        own = np.array(rows[i], np.int64)
+        if not rows[i] and i in spoilt:
             skips.add("image, no annotation of it is left", i)
-        elif not own and not keep_empty:
+        elif not rows[i] and not keep_empty:
             empty.append(i)
         elif base_only and min(width, height) < protocol.min_image_side_px:
             skips.add(f"image with a side under {protocol.min_image_side_px} px", i)
         else:
-            kept.append(
-                ImageBoxes(
-                    i,
-                    name,
-                    width,
-                    height,
-                    boxes[own].astype(np.float32),
-                    labels[own],
-                    np.array([found.ids[row] for row in own], np.int64),
-                    _judged(found, i, labels[own], label_of, protocol)[: len(wanted)] if protocol.federated else None,
-                )
-            )
+            labels = np.array([label_of[c] for c in found.categories[own].tolist()], np.int64)
+            judged = _judged(found, i, labels, label_of, protocol)[: len(wanted)] if protocol.federated else None
+            kept.append(ImageBoxes(i, name, width, height, found.corners[own], labels, found.ids[own], judged))
     return Split(kept, folder, annotations, coco_ids, skips, empty=empty)
 
 
-def _usable(
-    found: Instances, label_of: dict[int, int], base: int | None, skips: Skips
-) -> tuple[dict[int, array[int]], np.ndarray, set[int]]:
-    """The rows of each image that are boxes of the protocol's classes, or without crowds of its first `base`; the label
-    of each row, (A,) int64; and the images that lost one, which is added to `skips`. Boxes become xyxy in place.
+def _usable(found: Instances, wanted: set[int], base_only: bool, skips: Skips) -> tuple[dict[int, list[int]], set[int]]:
+    """The rows of each image that are boxes of the wanted categories, with `base_only` without crowds; and the images
+    that lost one, which is added to `skips`, as is one of no known category.
     """
-    import numpy as np
-
-    rows, labels, spoilt = {i: array("q") for i in found.images}, np.zeros(len(found.ids), np.int64), set[int]()
-    for row, (number, image_id, category) in enumerate(zip(found.ids, found.image_ids, found.categories, strict=True)):
-        label = label_of.get(category)
-        if label is None and category in found.names:
+    rows, spoilt = {i: list[int]() for i in found.images}, set[int]()
+    for row, (image_id, category) in enumerate(zip(found.image_ids.tolist(), found.categories.tolist(), strict=True)):
+        if category in found.names and (category not in wanted or (base_only and found.crowd[row])):
             continue
-        if label is None:
-            box, why = None, f"its category is none of {found.file.name}"
-        elif base is not None and (label >= base or found.crowd[row]):
-            continue
-        elif row in found.odd:
-            box, why = None, found.odd[row]
-        else:
-            box, why = clip_box(found.boxes[4 * row : 4 * row + 4].tolist(), *found.images[image_id][1:])
-        if box is None or label is None:
-            skips.add(f"annotation, {why}", number)
+        if row in found.odd:
+            skips.add(f"annotation, {found.odd[row]}", int(found.ids[row]))
             spoilt.add(image_id)
-            continue
-        found.boxes[4 * row : 4 * row + 4] = array("d", box)
-        labels[row] = label
-        rows[image_id].append(row)
-    return rows, labels, spoilt
+        else:
+            rows[image_id].append(row)
+    return rows, spoilt
 
 
 def _judged(
@@ -238,69 +215,39 @@ def _judged(
 
 @dataclass(slots=True)
 class Instances:
-    """An instances file, every value of the type that its key has. A annotations, in file order.
+    """An instances file, every value of the type that its key has, as columns of A annotations, in file order.
 
-    images: id -> (file name, width, height), in file order. names: category id -> name. ids, image_ids, categories,
-    crowd (A,); boxes: x, y, w, h as the file has them, 4 * A; odd: why those of a row, which are zeros then, are no
-    box; areas (A,), NaN where there is none; ignored: rows that say `ignore`. absent, unfinished: of federated
-    annotations (LVIS), by image id, the categories that are known not to be in an image, and those whose objects are
-    not all annotated in it. As dicts, with outlines, the annotations of COCO's training images take gigabytes.
+    folder: of the pictures. images: id -> (file name, width, height), in file order. names: category id -> name. ids,
+    image_ids, categories (A,) int64; crowd, ignored (A,) bool: what says `iscrowd` and `ignore`; boxes (A, 4) float64:
+    x, y, w, h as the file has them, NaN for what is no box; areas (A,), NaN where there is none; corners (A, 4)
+    float32: xyxy inside the image, 0 for what cannot be used; odd: why that is, by row. absent, unfinished: of
+    federated annotations (LVIS), by image id, the categories that are known not to be in an image, and those whose
+    objects are not all annotated in it. As dicts, with outlines, the annotations of COCO's training images take
+    gigabytes.
     """
 
     file: Path
-    images: dict[int, tuple[str, int, int]] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)
-    ids: array[int] = field(default_factory=lambda: array("q"))
-    image_ids: array[int] = field(default_factory=lambda: array("q"))
-    categories: array[int] = field(default_factory=lambda: array("q"))
-    crowd: bytearray = field(default_factory=bytearray)
-    boxes: array[float] = field(default_factory=lambda: array("d"))
-    odd: dict[int, str] = field(default_factory=dict)
-    areas: array[float] = field(default_factory=lambda: array("d"))
-    ignored: set[int] = field(default_factory=set)
-    absent: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    unfinished: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    folder: Path
+    images: dict[int, tuple[str, int, int]]
+    names: dict[int, str]
+    ids: np.ndarray
+    image_ids: np.ndarray
+    categories: np.ndarray
+    crowd: np.ndarray
+    ignored: np.ndarray
+    boxes: np.ndarray
+    areas: np.ndarray
+    corners: np.ndarray
+    odd: dict[int, str]
+    absent: dict[int, tuple[int, ...]]
+    unfinished: dict[int, tuple[int, ...]]
 
-    def add(self, a: dict[str, Any]) -> None:
-        """Check an annotation and add it. Raises HdovdError that says what is wrong with it."""
-        row = len(self.ids)
-        try:
-            box = a["bbox"] if "bbox" in a or not a.get("segmentation") else None
-            number, image_id, category = a["id"], a["image_id"], a["category_id"]
-        except KeyError:
-            raise HdovdError(
-                f"{self._name(a)} lacks one of id, image_id, category_id, bbox (or segmentation)"
-            ) from None
-        if box is None and a.get("segmentation"):
-            box = outline_box(a["segmentation"])
-        if not (
-            type(number) is type(image_id) is type(category) is int
-            and -_MOST <= number <= _MOST
-            and -_MOST <= image_id <= _MOST
-            and -_MOST <= category <= _MOST
-        ):
-            number, image_id, category = (
-                whole(a[key], f"{self._name(a)}: {key}") for key in ("id", "image_id", "category_id")
-            )
-        crowd, area = a.get("iscrowd"), a.get("area")
-        if crowd not in (None, 0, 1):
-            raise HdovdError(f"{self._name(a)}: iscrowd is {shown(crowd)}, expected 0 or 1")
-        if area is not None and not is_finite(area):
-            raise HdovdError(f"{self._name(a)}: area is {shown(area)}, expected a number")
-        numbers = _four_numbers(box)
-        if numbers is None:
-            self.odd[row], numbers = "box is not four numbers", array("d", bytes(32))
-        if a.get("ignore"):
-            self.ignored.add(row)
-        self.boxes.extend(numbers)
-        self.areas.append(math.nan if area is None else area)
-        self.crowd.append(crowd == 1)
-        self.ids.append(number)
-        self.image_ids.append(image_id)
-        self.categories.append(category)
+    def of_classes(self, names: Iterable[str]) -> np.ndarray:
+        """(A,) bool: the annotations of these classes."""
+        import numpy as np
 
-    def _name(self, a: dict[str, Any]) -> str:
-        return f"{self.file}: annotation {a['id'] if type(a.get('id')) is int else f'number {len(self.ids)}'}"
+        wanted = set(names)
+        return np.isin(self.categories, [i for i, name in self.names.items() if name in wanted])
 
     def known_absent(self, image_id: int, protocol: Protocol) -> tuple[int, ...]:
         """The categories that are known not to be in an image. Raises HdovdError if the file does not say it."""
@@ -310,23 +257,6 @@ class Instances:
                 f"protocol {protocol.name} is for LVIS's annotations, not for COCO's"
             )
         return self.absent[image_id]
-
-    def check(self) -> None:
-        """Raises HdovdError for an annotation of an image that is not there, and for an id that stands twice."""
-        import numpy as np
-
-        ids, image_ids = np.array(self.ids, np.int64), np.array(self.image_ids, np.int64)
-        if len(lost := np.flatnonzero(~np.isin(image_ids, np.array([*self.images], np.int64)))):
-            raise HdovdError(
-                f"{self.file}: annotation {ids[lost[0]]} is for image {image_ids[lost[0]]}, which is not in its "
-                "images; the file is damaged or was cut by hand"
-            )
-        values, counts = np.unique(ids, return_counts=True)
-        if (counts > 1).any():
-            raise HdovdError(
-                f"{self.file}: annotation id {values[counts > 1][0]} stands twice; the cache joins rows by it, so "
-                f"number them anew"
-            )
 
 
 def read_instances(
@@ -338,7 +268,10 @@ def read_instances(
 
     Raises HdovdError that names the file and the first entry that is not as it should be.
     """
-    found, images, categories = Instances(file), list[Any](), list[Any]()
+    import numpy as np
+
+    entries, categories = list[Any](), list[Any]()
+    numbers, sides, marks = array("q"), array("d"), bytearray()  # three, five and two of each annotation
     fault: HdovdError | None = (
         None  # of an annotation: said at the end, where the file is known to be COCO's, and its images are
     )
@@ -350,26 +283,76 @@ def read_instances(
             strange = True
         elif key == "annotations" and fault is None:
             try:
-                found.add(item)
+                of_item = _annotation(item)
+                numbers.extend(of_item[0])
+                sides.extend(of_item[1])
+                marks.extend(of_item[2])
             except HdovdError as error:
-                fault = error
+                called = item["id"] if type(item.get("id")) is int else f"number {len(numbers) // 3}"
+                fault = HdovdError(f"{file}: annotation {called}{error}")
         elif key == "images":
-            images.append({k: item[k] for k in _IMAGE_KEYS if k in item})
+            entries.append({k: item[k] for k in _IMAGE_KEYS if k in item})
         elif key == "categories":
             categories.append(item)
     if strange or not stream.lists >= _PARTS:
         raise HdovdError(f"{file} is no COCO instances file: it needs images, annotations and categories")
-    is_federated = any(_FEDERATED[0] in entry for entry in images)
+    is_federated = any(_FEDERATED[0] in entry for entry in entries)
     if federated not in (None, is_federated):
         was, wanted = _IN_WORDS[is_federated], _IN_WORDS[federated]
         raise HdovdError(f"{file} is {was}, but is read as {wanted}: give the --form that the data are of")
-    found.names, found.images = _names(categories, file), _images(images, file, folder, any_bytes)
-    for key, into in zip(_FEDERATED, (found.absent, found.unfinished), strict=True):
-        into.update({whole(entry["id"], key): _categories(entry, key, found) for entry in images if key in entry})
-    found.check()
+    names, images = _names(categories, file), _images(entries, file, folder, any_bytes)
+    ids, image_ids, kinds = np.array(numbers, np.int64).reshape(-1, 3).T
+    _check_ids(ids, image_ids, [*images], file)
     if fault is not None:
         raise fault
-    return found
+    table, (crowd, ignored) = np.array(sides).reshape(-1, 5), np.array(marks, bool).reshape(-1, 2).T
+    corners, odd = np.zeros((len(ids), 4), np.float32), dict[int, str]()
+    for row, (image_id, kind) in enumerate(zip(image_ids.tolist(), kinds.tolist(), strict=True)):
+        box, why = clip_box(table[row, :4].tolist(), *images[image_id][1:])
+        if box is None or kind not in names:
+            odd[row] = why if kind in names else f"its category is none of {file.name}"
+        else:
+            corners[row] = box
+    absent, unfinished = (
+        {whole(entry["id"], key): _categories(entry, key, names, file) for entry in entries if key in entry}
+        for key in _FEDERATED
+    )
+    columns = (ids, image_ids, kinds, crowd, ignored, table[:, :4], table[:, 4], corners)
+    return Instances(file, folder or Path(), images, names, *columns, odd, absent, unfinished)
+
+
+def _check_ids(ids: np.ndarray, image_ids: np.ndarray, images: list[int], file: Path) -> None:
+    """Raises HdovdError for an annotation of an image that is not there, and for an id that stands twice."""
+    import numpy as np
+
+    if len(lost := np.flatnonzero(~np.isin(image_ids, images))):
+        raise HdovdError(
+            f"{file}: annotation {ids[lost[0]]} is for image {image_ids[lost[0]]}, which is not in its "
+            "images; the file is damaged or was cut by hand"
+        )
+    numbers, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        raise HdovdError(
+            f"{file}: annotation id {numbers[counts > 1][0]} stands twice; the cache joins rows by it, so "
+            f"number them anew"
+        )
+
+
+def _annotation(a: dict[str, Any]) -> tuple[list[int], list[float], tuple[bool, bool]]:
+    """Of an annotation: its id, image and category; x, y, w, h and area, NaN for what is not there; and whether it is a
+    crowd, and to be ignored. Raises HdovdError that says what is wrong with it.
+    """
+    if not {"id", "image_id", "category_id"} <= a.keys() or not ("bbox" in a or a.get("segmentation")):
+        raise HdovdError(" lacks one of id, image_id, category_id, bbox (or segmentation)")
+    box, crowd, area = a.get("bbox"), a.get("iscrowd"), a.get("area")
+    if box is None and a.get("segmentation"):
+        box = outline_box(a["segmentation"])
+    numbers = [whole(a[key], f": {key}") for key in ("id", "image_id", "category_id")]
+    if crowd not in (None, 0, 1):
+        raise HdovdError(f": iscrowd is {shown(crowd)}, expected 0 or 1")
+    if area is not None and not math.isfinite(number(area)):
+        raise HdovdError(f": area is {shown(area)}, expected a number")
+    return numbers, [*four_numbers(box), math.nan if area is None else area], (crowd == 1, bool(a.get("ignore")))
 
 
 def whole(value: Any, where: str, least: int = -_MOST, most: int = _MOST) -> int:
@@ -385,14 +368,6 @@ def whole(value: Any, where: str, least: int = -_MOST, most: int = _MOST) -> int
     return value
 
 
-def is_finite(value: Any) -> bool:
-    """Whether a value of a file is a number, and no bool, that a float holds."""
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
 def outline_box(segmentation: Any) -> Any:
     """The box (x, y, w, h) around polygons `[[x, y, x, y, ...], ...]` or a run-length mask `{"size", "counts"}`; None
     if it is neither.
@@ -404,7 +379,7 @@ def outline_box(segmentation: Any) -> Any:
     ):
         return None
     xs, ys = ([v for polygon in segmentation for v in polygon[first::2]] for first in (0, 1))
-    if not all(map(is_finite, xs + ys)):
+    if not all(math.isfinite(number(v)) for v in xs + ys):
         return None
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
@@ -412,24 +387,17 @@ def outline_box(segmentation: Any) -> Any:
 def _mask_box(size: Any, counts: Any) -> list[float] | None:
     from pycocotools import mask  # here: it is slow to import, and such masks without a box are rare
 
-    if (
-        not isinstance(size, list)
-        or len(size) != 2
-        or not all(type(side) is int and 0 < side <= _LONGEST_SIDE for side in size)
-    ):
+    if not isinstance(size, list) or len(size) != 2 or not all(type(v) is int and 0 < v <= _LONGEST_SIDE for v in size):
         return None
+    pixels = size[0] * size[1]
     if isinstance(counts, list):
-        if (
-            not all(type(count) is int and 0 <= count <= size[0] * size[1] for count in counts)
-            or sum(counts) != size[0] * size[1]
-        ):
-            return None
-        return list(map(float, mask.toBbox(mask.frPyObjects({"size": size, "counts": counts}, *size))))
-    if not isinstance(counts, str) or not re.fullmatch(
-        "[0-o]*[0-O]", counts
-    ):  # the last character says that no other follows
+        sound = all(type(count) is int and 0 <= count <= pixels for count in counts) and sum(counts) == pixels
+    else:  # the last character says that no other follows
+        sound = isinstance(counts, str) and re.fullmatch("[0-o]*[0-O]", counts) is not None
+    if not sound:
         return None
-    return list(map(float, mask.toBbox({"size": size, "counts": counts})))
+    runs = {"size": size, "counts": counts}
+    return list(map(float, mask.toBbox(mask.frPyObjects(runs, *size) if isinstance(counts, list) else runs)))
 
 
 def _names(categories: list[dict[str, Any]], file: Path) -> dict[int, str]:
@@ -451,7 +419,8 @@ def _names(categories: list[dict[str, Any]], file: Path) -> dict[int, str]:
     return names
 
 
-def _labels(names: dict[int, str], protocol: Protocol, file: Path) -> tuple[dict[int, int], tuple[int, ...]]:
+def coco_ids_of(names: dict[int, str], protocol: Protocol, file: Path) -> tuple[int, ...]:
+    """The category ids of a protocol's classes, by label. Raises HdovdError if the file lacks one."""
     id_of = {name: number for number, name in names.items()}
     if absent := [name for name in protocol.names if name not in id_of]:
         near = {name: get_close_matches(name, id_of, 1) for name in absent}
@@ -462,16 +431,15 @@ def _labels(names: dict[int, str], protocol: Protocol, file: Path) -> tuple[dict
             f"protocol {protocol.name} names classes that {file} does not know: {hints}. "
             "Give the split that fits this data with --protocol"
         )
-    coco_ids = tuple(id_of[name] for name in protocol.names)
-    return {coco_id: label for label, coco_id in enumerate(coco_ids)}, coco_ids
+    return tuple(id_of[name] for name in protocol.names)
 
 
-def _categories(entry: dict[str, Any], key: str, found: Instances) -> tuple[int, ...]:
+def _categories(entry: dict[str, Any], key: str, names: dict[int, str], file: Path) -> tuple[int, ...]:
     """The category ids that an image lists under a key of federated annotations. Raises HdovdError."""
     ids = entry[key]
-    if not isinstance(ids, list) or not all(type(one) is int and one in found.names for one in ids):
+    if not isinstance(ids, list) or not all(type(one) is int and one in names for one in ids):
         raise HdovdError(
-            f"{found.file}: image {shown(entry['id'])}: {key} is {shown(ids)}, expected a list of ids of its categories"
+            f"{file}: image {shown(entry['id'])}: {key} is {shown(ids)}, expected a list of ids of its categories"
         )
     return tuple(ids)
 

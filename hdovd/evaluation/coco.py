@@ -10,7 +10,6 @@ class: of 1,203 classes in 20,000 images COCOeval would keep 24 million entries,
 
 import contextlib
 import io
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.data.coco import Instances, clip_box, read_instances
+from hdovd.data.coco import Instances, read_instances
 from hdovd.data.protocol import Protocol, group_mean, groups_of
 from hdovd.evaluation.engines import Engine, classes
 from hdovd.evaluation.matching import Found, Judged, Objects, counted
@@ -64,15 +63,10 @@ ANYWHERE = (-1e7, -1e7, 2e7, 2e7)  # a box around whatever is detected, also bey
 def found_of(rows: Iterable[Mapping[str, Any]], coco_ids: tuple[int, ...]) -> Found:
     """Arrays of rows that are known to be sound. `coco_ids`: the category id of every class, in label order."""
     label = {coco_id: k for k, coco_id in enumerate(coco_ids)}
-    image_ids, labels, boxes, scores = array("q"), array("q"), array("d"), array("d")
-    for row in rows:  # one by one: a list of COCO val's takes hundreds of megabytes
-        image_ids.append(row["image_id"])
-        labels.append(label[row["category_id"]])
-        boxes.extend(row["bbox"])
-        scores.append(row["score"])
-    return Found(
-        np.array(image_ids, np.int64), np.array(boxes).reshape(-1, 4), np.array(labels, np.int64), np.array(scores)
-    )
+    columns = np.dtype([("image_ids", "q"), ("boxes", "d", 4), ("labels", "q"), ("scores", "d")])
+    values = ((row["image_id"], tuple(row["bbox"]), label[row["category_id"]], row["score"]) for row in rows)
+    table = np.fromiter(values, columns)  # not from a list: that of COCO val's takes hundreds of megabytes
+    return Found(*(np.ascontiguousarray(table[name]) for name in ("image_ids", "boxes", "labels", "scores")))
 
 
 class GroundTruth:
@@ -97,23 +91,16 @@ class GroundTruth:
         self._coco, self._evaluation = classes(engine)
         self._image_ids, label = set(image_ids), {coco_id: k for k, coco_id in enumerate(coco_ids)}
         found = read_instances(annotations)
-        boxes = np.array(found.boxes).reshape(-1, 4)
         kept = [
             row
-            for row, (image_id, category) in enumerate(zip(found.image_ids, found.categories, strict=True))
-            if image_id in self._image_ids
-            and category in label
-            and row not in found.odd
-            and clip_box(boxes[row].tolist(), *found.images[image_id][1:])[0] is not None
+            for row, (image_id, kind) in enumerate(
+                zip(found.image_ids.tolist(), found.categories.tolist(), strict=True)
+            )
+            if image_id in self._image_ids and kind in label and row not in found.odd
         ]  # what `load_split` skipped is no object
-        self.objects = Objects(
-            np.array(found.image_ids, np.int64)[kept],
-            boxes[kept],
-            np.array([label[found.categories[row]] for row in kept], np.int64),
-            np.array(found.crowd, bool)[kept],
-        )
-        areas = np.array(found.areas)
-        areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)[kept].tolist()
+        labels = np.array([label[kind] for kind in found.categories[kept].tolist()], np.int64)
+        self.objects = Objects(found.image_ids[kept], found.boxes[kept], labels, found.crowd[kept])
+        areas = np.where(np.isnan(found.areas), found.boxes[:, 2] * found.boxes[:, 3], found.areas)[kept].tolist()
         if protocol.federated:
             self.objects = self._federated(found, label)
             areas += [0.0] * (len(self.objects.labels) - len(kept))

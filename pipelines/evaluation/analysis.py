@@ -4,7 +4,7 @@ is run.
 From Python: `analyse(Path("run"), DataPaths(Path("COCO")))`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.text_files import JsonStream, cut, read_json, shown
-from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split, is_finite
+from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split, four_numbers, number
 from hdovd.data.protocol import Protocol, group_labels, groups_of, load_protocol
 from hdovd.evaluation.coco import GroundTruth, found_of
 from hdovd.evaluation.curves import Confusion, Curves, Reliability, confusion, precision_curves, score_reliability
@@ -31,19 +31,14 @@ def read_found(file: Path, split: Split) -> Found:
     """
     images, classes = {image.id for image in split.images}, set(split.coco_ids)
 
-    def rows() -> Iterator[Mapping[str, Any]]:
-        stream = JsonStream(file, "detections")
-        for number, (_, row) in enumerate(stream):
-            if None not in stream.lists:
-                break
+    def rows() -> Iterator[dict[str, Any]]:
+        for place, row in enumerate(JsonStream(file, "detections").items("list of detections: run hdovd eval again")):
             if fault := _fault(row, images, classes, split):
                 raise HdovdError(
-                    f"{file}: entry {number}: {fault}; give the data that the run was evaluated on, or run hdovd eval "
+                    f"{file}: entry {place}: {fault}; give the data that the run was evaluated on, or run hdovd eval "
                     f"again"
                 )
             yield row
-        if None not in stream.lists:
-            raise HdovdError(f"{file} is no list of detections: run hdovd eval again")
 
     return found_of(rows(), split.coco_ids)
 
@@ -56,9 +51,9 @@ def _fault(row: Any, images: set[int], classes: set[int], split: Split) -> str:
     if type(row["category_id"]) is not int or row["category_id"] not in classes:
         return f"category {shown(row['category_id'])} is none of the protocol's"
     box, score = row["bbox"], row["score"]
-    if not isinstance(box, list) or len(box) != 4 or not all(is_finite(v) for v in box):
+    if not np.isfinite(four_numbers(box)).all():
         return f"the box is not four numbers: {cut(str(box))}"
-    return "" if is_finite(score) and 0 <= score <= 1 else f"the score is not in 0..1: {shown(score)}"
+    return "" if 0 <= number(score) <= 1 else f"the score is not in 0..1: {shown(score)}"
 
 
 Box = tuple[float, float, float, float]

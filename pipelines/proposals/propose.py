@@ -400,11 +400,8 @@ def recall_report(job: ProposeConfig) -> list[Recall]:
 def without_crowds(split: Split) -> Split:
     """A box around many objects is none that a proposal could find."""
     found = read_instances(split.annotations)
-    crowds = {number for number, crowd in zip(found.ids, found.crowd, strict=True) if crowd}
-    keep = [
-        np.array([number not in crowds for number in image.annotation_ids.tolist()], bool) for image in split.images
-    ]
-    return with_rows(split, keep)
+    crowds = found.ids[found.crowd]
+    return with_rows(split, [~np.isin(image.annotation_ids, crowds) for image in split.images])
 
 
 def with_rows(split: Split, keep: Iterable[np.ndarray]) -> Split:

@@ -139,17 +139,15 @@ def _around(
 
 
 def _tasks(file: Path) -> Iterator[Any]:
-    stream = JsonStream(file, "annotations")
-    for _, task in stream:
-        if None not in stream.lists:
-            raise HdovdError(f"{file} is no export of Label Studio: expected a list of tasks, its JSON or JSON-MIN")
-        yield task
+    return JsonStream(file, "annotations").items(
+        "export of Label Studio: expected a list of tasks, its JSON or JSON-MIN"
+    )
 
 
 def _task(task: dict[str, Any], where: str) -> _Labelled:
     texts = {key: value for key, value in task.get("data", task).items() if isinstance(value, str)}
-    named = [texts["image"]] if "image" in texts else list(texts.values())
-    found = [one for one in named if "image" in texts or PurePosixPath(_path(one)).suffix.lower() in ENDINGS]
+    pictures = [text for text in texts.values() if PurePosixPath(_path(text)).suffix.lower() in ENDINGS]
+    found = [texts["image"]] if "image" in texts else pictures
     if len(found) != 1:
         raise HdovdError(f"{where} names {len(found)} pictures, expected one, by the name image if there are several")
     checked_name(found[0], f"{where}: picture", LONGEST_PATH)

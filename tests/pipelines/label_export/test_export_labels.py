@@ -73,8 +73,9 @@ def exported(source: Path, out: Path, form: str, **options: Any) -> tuple[Path, 
 def rows_of(file: Path) -> Rows:
     found = read_instances(file)
     rows: Rows = {}
-    boxes = np.array(found.boxes).reshape(-1, 4).tolist()
-    for image_id, category, box in zip(found.image_ids, found.categories, boxes, strict=True):
+    for image_id, category, box in zip(
+        found.image_ids.tolist(), found.categories.tolist(), found.boxes.tolist(), strict=True
+    ):
         rows.setdefault(found.images[image_id][0], []).append((found.names[category], *box))
     return {name: sorted(own) for name, own in rows.items()}
 
