@@ -173,13 +173,13 @@ def checked_name(value: Any, where: str, most: int = LONGEST_NAME) -> str:
 
     `where`: what it is the name of, for the message. Raises HdovdError.
     """
-    if not isinstance(value, str) or not value.strip():
-        raise HdovdError(f"{where} is {shown(value)}, expected a name")
-    if len(value) > most:
-        raise HdovdError(f"{where} is {shown(value)}, of {len(value):,d} characters: a name has {most} at most")
-    if _UNPRINTABLE.search(value):
-        raise HdovdError(f"{where} is {shown(value)}, which holds a character that cannot be printed: take it out")
-    return value
+    if isinstance(value, str) and value.strip() and len(value) <= most and not _UNPRINTABLE.search(value):
+        return value
+    length = f" of {len(value):,d} characters" if isinstance(value, str) and len(value) > most else ""
+    raise HdovdError(
+        f"{where} is {shown(value)}{length}, expected a name: {most} characters at most, and none that "
+        "cannot be printed"
+    )
 
 
 def printable(tree: Any) -> bool:
@@ -214,8 +214,6 @@ class JsonStream:
         self.path, self.what, self.block, self.lists = path, what, block, set[str | None]()
 
     def __iter__(self) -> Iterator[tuple[str | None, Any]]:
-        if not self.path.is_file():
-            raise HdovdError(f"{self.what}: no file {self.path}")
         self.lists.clear()
         self._text, self._at, self._dropped, self._utf8 = "", 0, 0, codecs.getincrementaldecoder("utf-8-sig")()
         with open_bytes(self.path) as self._file:
@@ -254,13 +252,13 @@ class JsonStream:
         self._expect("", "Extra data")
 
     def _member(self, key: str | None) -> Iterator[tuple[str | None, Any]]:
-        if self._peek() != "[":
-            yield key, self._value()
-            return
-        if key in self.lists:
+        if key in self.lists and self._peek() == "[":
             raise HdovdError(f"{self.what} {self.path}: the list {cut(str(key))!r} stands twice")
-        self.lists.add(key)
-        for _ in self._parts("]"):
+        if self._peek() == "[":
+            self.lists.add(key)
+            for _ in self._parts("]"):
+                yield key, self._value()
+        else:
             yield key, self._value()
 
     def _parts(self, closing: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
@@ -161,15 +161,17 @@ def load_split(
             f"{protocol.name} does not name: {shorten(sorted(others))}"
         )
     skips, wanted = Skips(), protocol.base if base_only else protocol.names
-    rows, spoilt = _usable(found, set(coco_ids[: len(wanted)]), base_only, skips)
+    asked = coco_ids[: len(wanted)]
+    rows, spoilt = _usable(found, set(asked), base_only, skips)
     if not any(rows.values()):
         raise HdovdError(
             f"{annotations} holds no usable box of the {len(wanted)} classes of protocol {protocol.name} "
             f"({shorten(list(wanted))})" + "".join("\n" + line for line in skips.lines())
         )
     keep_empty = protocol.keep_empty_train if base_only else protocol.keep_empty_val
+    known = federated_classes(found, [*found.images], asked, protocol) if protocol.federated else None
     kept, empty = list[ImageBoxes](), list[int]()
-    for i, (name, width, height) in found.images.items():
+    for row, (i, (name, width, height)) in enumerate(found.images.items()):
         own = np.array(rows[i], np.int64)
         if not rows[i] and i in spoilt:
             skips.add("image, no annotation of it is left", i)
@@ -179,7 +181,8 @@ def load_split(
             skips.add(f"image with a side under {protocol.min_image_side_px} px", i)
         else:
             labels = np.array([label_of[c] for c in found.categories[own].tolist()], np.int64)
-            judged = _judged(found, i, labels, label_of, protocol)[: len(wanted)] if protocol.federated else None
+            present = np.bincount(labels, minlength=len(wanted)) > 0
+            judged = (known[0][row] | present) & ~known[1][row] if known else None
             kept.append(ImageBoxes(i, name, width, height, found.corners[own], labels, found.ids[own], judged))
     return Split(kept, folder, annotations, coco_ids, skips, empty=empty)
 
@@ -200,17 +203,25 @@ def _usable(found: Instances, wanted: set[int], base_only: bool, skips: Skips) -
     return rows, spoilt
 
 
-def _judged(
-    found: Instances, image_id: int, present: np.ndarray, label_of: dict[int, int], protocol: Protocol
-) -> np.ndarray:
-    """`ImageBoxes.judged` of an image with objects of the labels `present`. Raises HdovdError as `known_absent`."""
+def federated_classes(
+    found: Instances, image_ids: Sequence[int], coco_ids: Sequence[int], protocol: Protocol
+) -> tuple[np.ndarray, np.ndarray]:
+    """(I, K) bool each, of images and classes: which are known not to be there, and of which not all objects are
+    annotated. Raises HdovdError for an image of which the file does not say it.
+    """
     import numpy as np
 
-    judged = np.zeros(len(protocol.names), bool)
-    judged[present] = True
-    judged[[label_of[c] for c in found.known_absent(image_id, protocol) if c in label_of]] = True
-    judged[[label_of[c] for c in found.unfinished.get(image_id, ()) if c in label_of]] = False
-    return judged
+    label_of = {coco_id: label for label, coco_id in enumerate(coco_ids)}
+    absent, unfinished = np.zeros((2, len(image_ids), len(coco_ids)), bool)
+    for row, image_id in enumerate(image_ids):
+        if image_id not in found.absent:
+            raise HdovdError(
+                f"{found.file}: image {image_id} has no neg_category_ids, which say what is known not to be in it: "
+                f"protocol {protocol.name} is for LVIS's annotations, not for COCO's"
+            )
+        absent[row, [label_of[c] for c in found.absent[image_id] if c in label_of]] = True
+        unfinished[row, [label_of[c] for c in found.unfinished.get(image_id, ()) if c in label_of]] = True
+    return absent, unfinished
 
 
 @dataclass(slots=True)
@@ -242,21 +253,11 @@ class Instances:
     absent: dict[int, tuple[int, ...]]
     unfinished: dict[int, tuple[int, ...]]
 
-    def of_classes(self, names: Iterable[str]) -> np.ndarray:
+    def of_classes(self, names: Collection[str]) -> np.ndarray:
         """(A,) bool: the annotations of these classes."""
         import numpy as np
 
-        wanted = set(names)
-        return np.isin(self.categories, [i for i, name in self.names.items() if name in wanted])
-
-    def known_absent(self, image_id: int, protocol: Protocol) -> tuple[int, ...]:
-        """The categories that are known not to be in an image. Raises HdovdError if the file does not say it."""
-        if image_id not in self.absent:
-            raise HdovdError(
-                f"{self.file}: image {image_id} has no neg_category_ids, which say what is known not to be in it: "
-                f"protocol {protocol.name} is for LVIS's annotations, not for COCO's"
-            )
-        return self.absent[image_id]
+        return np.isin(self.categories, [i for i, name in self.names.items() if name in names])
 
 
 def read_instances(
@@ -270,44 +271,29 @@ def read_instances(
     """
     import numpy as np
 
-    entries, categories = list[Any](), list[Any]()
-    numbers, sides, marks = array("q"), array("d"), bytearray()  # three, five and two of each annotation
-    fault: HdovdError | None = (
-        None  # of an annotation: said at the end, where the file is known to be COCO's, and its images are
-    )
-    stream, strange = JsonStream(file, "annotations"), False
-    for key, item in stream:
-        if key not in _PARTS:
-            continue
-        if key not in stream.lists or not isinstance(item, dict):
-            strange = True
-        elif key == "annotations" and fault is None:
-            try:
-                of_item = _annotation(item)
-                numbers.extend(of_item[0])
-                sides.extend(of_item[1])
-                marks.extend(of_item[2])
-            except HdovdError as error:
-                called = item["id"] if type(item.get("id")) is int else f"number {len(numbers) // 3}"
-                fault = HdovdError(f"{file}: annotation {called}{error}")
-        elif key == "images":
-            entries.append({k: item[k] for k in _IMAGE_KEYS if k in item})
-        elif key == "categories":
-            categories.append(item)
-    if strange or not stream.lists >= _PARTS:
-        raise HdovdError(f"{file} is no COCO instances file: it needs images, annotations and categories")
+    entries, categories, numbers, sides, fault = _lists(file)
     is_federated = any(_FEDERATED[0] in entry for entry in entries)
     if federated not in (None, is_federated):
-        was, wanted = _IN_WORDS[is_federated], _IN_WORDS[federated]
-        raise HdovdError(f"{file} is {was}, but is read as {wanted}: give the --form that the data are of")
+        raise HdovdError(
+            f"{file} is {_IN_WORDS[is_federated]}, but is read as {_IN_WORDS[federated]}: give the --form that the "
+            "data are of"
+        )
     names, images = _names(categories, file), _images(entries, file, folder, any_bytes)
-    ids, image_ids, kinds = np.array(numbers, np.int64).reshape(-1, 3).T
-    _check_ids(ids, image_ids, [*images], file)
+    ids, image_ids, kinds, crowd, ignored = np.array(numbers, np.int64).reshape(-1, 5).T
+    once, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        raise HdovdError(
+            f"{file}: annotation id {once[counts > 1][0]} stands twice; the cache joins rows by it, so number them anew"
+        )
     if fault is not None:
         raise fault
-    table, (crowd, ignored) = np.array(sides).reshape(-1, 5), np.array(marks, bool).reshape(-1, 2).T
-    corners, odd = np.zeros((len(ids), 4), np.float32), dict[int, str]()
+    table, corners, odd = np.array(sides).reshape(-1, 5), np.zeros((len(ids), 4), np.float32), dict[int, str]()
     for row, (image_id, kind) in enumerate(zip(image_ids.tolist(), kinds.tolist(), strict=True)):
+        if image_id not in images:
+            raise HdovdError(
+                f"{file}: annotation {ids[row]} is for image {image_id}, which is not in its images; the file is "
+                "damaged or was cut by hand"
+            )
         box, why = clip_box(table[row, :4].tolist(), *images[image_id][1:])
         if box is None or kind not in names:
             odd[row] = why if kind in names else f"its category is none of {file.name}"
@@ -317,30 +303,60 @@ def read_instances(
         {whole(entry["id"], key): _categories(entry, key, names, file) for entry in entries if key in entry}
         for key in _FEDERATED
     )
-    columns = (ids, image_ids, kinds, crowd, ignored, table[:, :4], table[:, 4], corners)
-    return Instances(file, folder or Path(), images, names, *columns, odd, absent, unfinished)
+    return Instances(
+        file,
+        folder or Path(),
+        images,
+        names,
+        ids,
+        image_ids,
+        kinds,
+        crowd > 0,
+        ignored > 0,
+        table[:, :4],
+        table[:, 4],
+        corners,
+        odd,
+        absent,
+        unfinished,
+    )
 
 
-def _check_ids(ids: np.ndarray, image_ids: np.ndarray, images: list[int], file: Path) -> None:
-    """Raises HdovdError for an annotation of an image that is not there, and for an id that stands twice."""
-    import numpy as np
+def _lists(
+    file: Path,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], array[int], array[float], HdovdError | None]:
+    """Images, categories, and of annotations what `_annotation` makes of them; and what is wrong with one: it is said
+    where the file is known to be COCO's, and its images are. Raises HdovdError for a file that has no such lists.
+    """
+    entries, categories = list[Any](), list[Any]()
+    numbers, sides = array("q"), array("d")  # five of each annotation
+    fault: HdovdError | None = None
+    stream, strange = JsonStream(file, "annotations"), False
+    for key, item in stream:
+        if key not in _PARTS:
+            continue
+        if key not in stream.lists or not isinstance(item, dict):
+            strange = True
+        elif key == "annotations" and fault is None:
+            try:
+                whole_ones, others = _annotation(item)
+                numbers.extend(whole_ones)
+                sides.extend(others)
+            except HdovdError as error:
+                called = item["id"] if type(item.get("id")) is int else f"number {len(numbers) // 5}"
+                fault = HdovdError(f"{file}: annotation {called}{error}")
+        elif key == "images":
+            entries.append({k: item[k] for k in _IMAGE_KEYS if k in item})
+        elif key == "categories":
+            categories.append(item)
+    if strange or not stream.lists >= _PARTS:
+        raise HdovdError(f"{file} is no COCO instances file: it needs images, annotations and categories")
+    return entries, categories, numbers, sides, fault
 
-    if len(lost := np.flatnonzero(~np.isin(image_ids, images))):
-        raise HdovdError(
-            f"{file}: annotation {ids[lost[0]]} is for image {image_ids[lost[0]]}, which is not in its "
-            "images; the file is damaged or was cut by hand"
-        )
-    numbers, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        raise HdovdError(
-            f"{file}: annotation id {numbers[counts > 1][0]} stands twice; the cache joins rows by it, so "
-            f"number them anew"
-        )
 
-
-def _annotation(a: dict[str, Any]) -> tuple[list[int], list[float], tuple[bool, bool]]:
-    """Of an annotation: its id, image and category; x, y, w, h and area, NaN for what is not there; and whether it is a
-    crowd, and to be ignored. Raises HdovdError that says what is wrong with it.
+def _annotation(a: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """Of an annotation: its id, image and category, whether it is a crowd, and to be ignored; x, y, w, h and area, NaN
+    for what is not there. Raises HdovdError that says what is wrong with it.
     """
     if not {"id", "image_id", "category_id"} <= a.keys() or not ("bbox" in a or a.get("segmentation")):
         raise HdovdError(" lacks one of id, image_id, category_id, bbox (or segmentation)")
@@ -352,7 +368,7 @@ def _annotation(a: dict[str, Any]) -> tuple[list[int], list[float], tuple[bool, 
         raise HdovdError(f": iscrowd is {shown(crowd)}, expected 0 or 1")
     if area is not None and not math.isfinite(number(area)):
         raise HdovdError(f": area is {shown(area)}, expected a number")
-    return numbers, [*four_numbers(box), math.nan if area is None else area], (crowd == 1, bool(a.get("ignore")))
+    return [*numbers, crowd == 1, bool(a.get("ignore"))], [*four_numbers(box), math.nan if area is None else area]
 
 
 def whole(value: Any, where: str, least: int = -_MOST, most: int = _MOST) -> int:
@@ -375,12 +391,11 @@ def outline_box(segmentation: Any) -> Any:
     if isinstance(segmentation, dict):
         return _mask_box(segmentation.get("size"), segmentation.get("counts"))
     if not isinstance(segmentation, list) or not all(
-        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation
+        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(math.isfinite(number(v)) for v in p)
+        for p in segmentation
     ):
         return None
     xs, ys = ([v for polygon in segmentation for v in polygon[first::2]] for first in (0, 1))
-    if not all(math.isfinite(number(v)) for v in xs + ys):
-        return None
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
@@ -404,10 +419,8 @@ def _names(categories: list[dict[str, Any]], file: Path) -> dict[int, str]:
     """Category names by id. Raises HdovdError if two share an id or a name."""
     names: dict[int, str] = {}
     for place, category in enumerate(categories):
-        if not {"id", "name"} <= category.keys():
-            raise HdovdError(f"{file}: a category lacks id or name")
-        number = whole(category["id"], f"{file}: category number {place}: id")
-        name = checked_name(category["name"], f"{file}: category {number}: name")
+        number = whole(category.get("id"), f"{file}: category number {place}: id")
+        name = checked_name(category.get("name"), f"{file}: category {number}: name")
         if number in names:
             raise HdovdError(
                 f"{file}: category id {number} is both {names[number]!r} and {name!r}: were two files merged? Number "
@@ -423,9 +436,9 @@ def coco_ids_of(names: dict[int, str], protocol: Protocol, file: Path) -> tuple[
     """The category ids of a protocol's classes, by label. Raises HdovdError if the file lacks one."""
     id_of = {name: number for number, name in names.items()}
     if absent := [name for name in protocol.names if name not in id_of]:
-        near = {name: get_close_matches(name, id_of, 1) for name in absent}
         hints = "; ".join(
-            f"{name!r}" + (f" (the file has {n[0]!r})" if n else "") for name, n in list(near.items())[:8]
+            f"{name!r}" + "".join(f" (the file has {near!r})" for near in get_close_matches(name, id_of, 1))
+            for name in absent[:8]
         )
         raise HdovdError(
             f"protocol {protocol.name} names classes that {file} does not know: {hints}. "
@@ -449,16 +462,12 @@ def _images(
 ) -> dict[int, tuple[str, int, int]]:
     images: dict[int, tuple[str, int, int]] = {}
     for place, entry in enumerate(entries):
-        name = entry.get("file_name")
-        if not {"id", "width", "height"} <= entry.keys() or (name is None and "coco_url" not in entry):
-            raise HdovdError(
-                f"{file}: image {shown(entry.get('id'))} lacks one of id, file_name (or coco_url), width, height"
-            )
-        number = whole(entry["id"], f"{file}: image number {place}: id")
+        name: Any = entry.get("file_name")
+        number = whole(entry.get("id"), f"{file}: image number {place}: id")
         where = f"{file}: image {number}"
         if number in images:
             raise HdovdError(f"{file}: image id {number} stands twice")
-        if name is None:
+        if name is None and "coco_url" in entry:
             name = _name_of_url(checked_name(entry["coco_url"], f"{where}: coco_url", LONGEST_PATH), folder)
         elif isinstance(name, str) and name.startswith("images/v") and folder and not (folder / "images").is_dir():
             name = "/".join(PurePosixPath(name).parts[-2:])  # Objects365 has images/v1/patch8/x.jpg in train/patch8
@@ -469,8 +478,8 @@ def _images(
         )
         images[number] = (
             _inside(name, folder, file, where),
-            whole(entry["width"], f"{where}: width", 1, _LONGEST_SIDE),
-            whole(entry["height"], f"{where}: height", 1, _LONGEST_SIDE),
+            whole(entry.get("width"), f"{where}: width", 1, _LONGEST_SIDE),
+            whole(entry.get("height"), f"{where}: height", 1, _LONGEST_SIDE),
         )
     return images
 
@@ -515,9 +524,9 @@ class DataPaths:
         """`load_split` of `split` ("train2017", "val2017"), its pictures to be read by `exif`; what is skipped goes to
         `log`.
         """
-        files, named = self.locate(split), self.annotations is None or self.form != AUTO
-        federated = self._form().federated if named else None
-        loaded = replace(load_split(*files, protocol, base_only=base_only, federated=federated), exif=Exif(exif))
+        files = self.locate(split)
+        federated = self._form().federated if self.annotations is None or self.form != AUTO else None
+        loaded = load_split(*files, protocol, base_only=base_only, federated=federated)
         log(*loaded.skips.lines())
         if loaded.empty:
             classes, switch = ("base", "keep_empty_train") if base_only else ("protocol's", "keep_empty_val")
@@ -525,17 +534,12 @@ class DataPaths:
                 f"left out {len(loaded.empty):,d}: image without an object of the {classes} classes "
                 f"({shorten(list(loaded.empty))}); a protocol file with {switch} = true keeps them"
             )
-        return loaded
+        return replace(loaded, exif=Exif(exif))
 
     def has(self, split: str) -> bool:
-        """Whether `locate` finds a split; False where the form is not known, and, which is told, for what cannot be
-        converted.
-        """
+        """Whether `locate` finds a split; False, which is told, for what is of no form or cannot be converted."""
         try:
             form, root = self._form(), self.root or Path()
-        except HdovdError:
-            return False
-        try:
             return form.annotations(root, split).is_file() and form.images(root, split).is_dir()
         except HdovdError as error:
             log(f"note: {split} cannot be used: {error}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter, ValidationError
 
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.text_files import checked_name, cut, read_shipped, shipped, shown
+from hdovd.core.text_files import checked_name, cut, read_shipped, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,10 +73,6 @@ class Protocol:
 
 
 _VALUES = TypeAdapter(Protocol)
-
-
-def shipped_protocols() -> list[str]:
-    return shipped("protocols")
 
 
 def load_protocol(name_or_file: str) -> Protocol:

@@ -20,9 +20,9 @@ from hdovd.cache.identity import differences, hash_file
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log, quiet
-from hdovd.core.text_files import read_toml
+from hdovd.core.text_files import read_toml, shipped
 from hdovd.data.coco import Skips, Split
-from hdovd.data.protocol import load_protocol, shipped_protocols
+from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.audit import checks
 from hdovd.pipelines.audit.checks import Audited, Check, Verdict, read_audited, read_run
 from hdovd.pipelines.audit.config import AuditConfig
@@ -80,7 +80,7 @@ def class_lists(audited: Audited, found: Check) -> str:
             found.leaks += [*_differences(recorded, given, "run.json", called), *_against_shipped(recorded, "run.json")]
         else:
             found.unknown.append("run.json does not say which protocol the run followed")
-    if protocol.name in shipped_protocols():
+    if protocol.name in shipped("protocols"):
         compared.append("the protocol that hdovd ships")
     return (
         f"the {len(protocol.base)} base and {len(protocol.novel)} novel classes of {called} "
@@ -90,7 +90,7 @@ def class_lists(audited: Audited, found: Check) -> str:
 
 def _against_shipped(tree: Any, who: str) -> list[str]:
     name = tree.get("name")
-    if name not in shipped_protocols():
+    if name not in shipped("protocols"):
         return []
     return _differences(
         tree, load_protocol(name).to_dict(), f"{who}, which calls itself {name},", f"the {name} that hdovd ships"
@@ -218,15 +218,15 @@ def run_cache(audited: Audited, found: Check) -> str:
     levels = value_at(run, "cache.levels")
     if not isinstance(levels, dict) or not all(value_at(entry, "key") for entry in levels.values()):
         return found.cannot("run.json does not say which cache the run read")
-    for level in Level:
-        theirs = value_at(levels, f"{level}.key")
-        ours = cache.key(level) if level in cache.levels() else None
-        if theirs != ours:
-            found.unknown.append(
-                f"{path} was trained on {level} {theirs or '(none)'}, this set has {ours or '(none)'}: what it read "
-                f"was not audited; audit {run['cache'].get('path', 'the cache that it read')}, or another set of it "
-                f"with --features"
-            )
+    theirs = {level: entry["key"] for level, entry in levels.items()}
+    ours = {str(level): cache.key(level) for level in cache.levels()}
+    found.unknown += [
+        f"{path} was trained on {level} {theirs.get(level, '(none)')}, this set has {ours.get(level, '(none)')}: what "
+        f"it read was not audited; audit {run['cache'].get('path', 'the cache that it read')}, or another set of it "
+        f"with --features"
+        for level in map(str, Level)
+        if theirs.get(level) != ours.get(level)
+    ]
     return f"{path} was trained on this cache: {len(levels)} levels with the same keys"
 
 
@@ -248,14 +248,10 @@ def _origin(run: dict[str, Any]) -> str:
     return str(value_at(run, "imported.file") or "a checkpoint")
 
 
-def backbone(audited: Audited, found: Check) -> str:
-    """The run's backbone started from weights that saw no novel box and no test picture, as their file says."""
-    return _judge_run(audited, found, audited.run, audited.run_path, set())
-
-
-def _judge_run(audited: Audited, found: Check, run: dict[str, Any], path: Path, seen: set[Path]) -> str:
-    """A run's backbone, and that of the run whose weights it began with, where that is here; and which boxes each saw.
-    `seen`: runs that began with its weights.
+def backbone(run: dict[str, Any], path: Path, seen: set[Path], audited: Audited, found: Check) -> str:
+    """A run's backbone started from weights that saw no novel box and no test picture, as their file says, and so did
+    that of the run whose weights it began with, where that is here; which boxes each saw is told. `seen`: runs that
+    began with its weights.
     """
     before, adapted = Path(str(value_at(run, "init.run") or "another run")), run.get("adapted") or {}
     boxes = value_at(adapted.get("protocol") or run.get("protocol"), "base") or []
@@ -277,7 +273,7 @@ def _judge_run(audited: Audited, found: Check, run: dict[str, Any], path: Path, 
         seen.add(path.resolve())
         if before.resolve() not in seen and (before / "run.json").is_file():
             with suppress(HdovdError):  # a record that cannot be read says nothing, and no more is known without it
-                _judge_run(audited, found, read_run(before / "run.json"), before, seen)
+                backbone(read_run(before / "run.json"), before, seen, audited, found)
         return found.cannot(
             f"{path} began with the weights of {before}: what those were trained on, its own audit says"
         )
@@ -296,8 +292,9 @@ def _judge_start(audited: Audited, found: Check, network: str, weights: str) -> 
     if ":" in network and not network.startswith(("timm:", "torchvision:")):
         found.unknown.append(f"{network} is code outside of hdovd: which weights it starts from is not known")
     publisher = "timm" if network.startswith("timm:") else "torchvision"
-    started = "random weights" if weights == "none" else f"the weights that {publisher} publishes"
-    return f"{network} started from {started}"
+    return f"{network} started from " + (
+        "random weights" if weights == "none" else f"the weights that {publisher} publishes"
+    )
 
 
 def _judge_weights(audited: Audited, found: Check, weights: Path) -> str:
@@ -333,7 +330,7 @@ def _judge_name(audited: Audited, found: Check, weights: str) -> None:
 
 def calibration(audited: Audited, found: Check) -> str:
     """The reliability weights were fitted on base names and base boxes alone."""
-    record, cache, others = audited.run.get("reliability"), audited.cache, list[object]()
+    record, cache = audited.run.get("reliability"), audited.cache
     if not record:
         return "no calibration recorded: the weights are the recipe's numbers, or none are used"
     source, fitted_on = str(value_at(record, "source") or ""), value_at(record, "fitted_on")
@@ -346,12 +343,11 @@ def calibration(audited: Audited, found: Check) -> str:
     if not isinstance(classes, list) or not isinstance(products, dict):
         return found.cannot("run.json has a calibration that does not say which classes it was fitted on")
     found.leaks += [f"fitted on the name {audited.called(own)}" for own in classes if own not in audited.protocol.base]
-    for level in (Level.INSTANCE, Level.CLASS):
-        key = products.get(str(level))
-        if key is None:
-            found.unknown.append(f"the calibration does not say which {level} product it was fitted on")
-        elif level not in cache.levels() or key != cache.key(level):
-            others.append(f"{level} {key}")
+    others = [
+        f"{level} {products.get(str(level), '(not said which)')}"
+        for level in (Level.INSTANCE, Level.CLASS)
+        if level not in cache.levels() or products.get(str(level)) != cache.key(level)
+    ]
     if others:
         found.unknown.append(
             f"it was fitted on other products than this cache's ({shorten(others)}): audit the cache that has them"
@@ -410,16 +406,15 @@ def audit(config: AuditConfig) -> AuditReport:
     config.check()
     audited = read_audited(config)
     cache, protocol = audited.cache, audited.protocol
-    about = {
-        "cache": cache.url,
-        "set": config.features,
-        "protocol": f"{protocol.name}, {len(protocol.base)} base and {len(protocol.novel)} novel classes",
-        "annotations": str(audited.truth.file),
-        "run": str(config.run or "none given"),
-        "proposals": cache.set.proposals.get("identity", "not recorded"),
-    }
     report = AuditReport(
-        about,
+        {
+            "cache": cache.url,
+            "set": config.features,
+            "protocol": f"{protocol.name}, {len(protocol.base)} base and {len(protocol.novel)} novel classes",
+            "annotations": str(audited.truth.file),
+            "run": str(config.run or "none given"),
+            "proposals": cache.set.proposals.get("identity", "not recorded"),
+        },
         [
             _made(audited, "base boxes", checks.base_rows),
             _made(audited, "class lists", class_lists),
@@ -428,7 +423,7 @@ def audit(config: AuditConfig) -> AuditReport:
             _made(audited, "proposals: copies", checks.copies),
             _made(audited, "run: cache", run_cache, "run"),
             _made(audited, "run: boxes", run_boxes, "run"),
-            _made(audited, "run: backbone", backbone, "run"),
+            _made(audited, "run: backbone", partial(backbone, audited.run, audited.run_path, set[Path]()), "run"),
             _made(audited, "calibration", calibration, "run"),
             _made(audited, "novel names", checks.novel_names),
             _made(audited, "pseudo boxes", checks.pseudo_boxes),
@@ -436,11 +431,11 @@ def audit(config: AuditConfig) -> AuditReport:
     )
     log(*report.lines())
     if config.json_out is not None:
-        tree = report.to_dict() | {
+        made_of = {
             "levels": {str(level): cache.key(level) for level in cache.levels()},
             "annotations_sha256": hash_file(audited.truth.file),
         }
-        write_text(config.json_out, json.dumps(tree, indent=1))
+        write_text(config.json_out, json.dumps(report.to_dict() | made_of, indent=1))
     return report
 
 

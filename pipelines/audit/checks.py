@@ -172,13 +172,11 @@ def read_audited(config: AuditConfig) -> Audited:
 
 def read_run(file: Path) -> dict[str, Any]:
     """The record of a run. Raises HdovdError if it cannot be read or was changed by others."""
-    tree = read_json(file, "--run")
-    if not isinstance(tree, dict):
-        raise HdovdError(f"{file} is damaged: expected the record that hdovd train writes")
     try:
+        tree: dict[str, Any] = dict(read_json(file, "--run"))
         require_seal(tree)
-    except ValueError as error:
-        raise HdovdError(f"{file}: {error}; what it says cannot be audited") from error
+    except (TypeError, ValueError) as error:
+        raise HdovdError(f"{file} is not what hdovd train wrote ({error}): it cannot be audited") from error
     return tree
 
 
@@ -359,8 +357,8 @@ def copies(audited: Audited, found: Check) -> str:
     for image_id, rows, targets in _together(boxes, ~boxes.is_base, truth, truth.of_classes(audited.protocol.novel)):
         theirs, limit = truth.corners[targets], np.array(truth.images[image_id][1:] * 2, np.float32)
         inside = ((theirs > 0.5) & (theirs < limit - 0.5)).sum(1) >= 3
-        away = boxes.box[rows][:, None] - theirs[inside][None]
-        same = np.stack([(np.abs(away - shift) <= COPY_PX).all(-1) for shift in shifts])
+        away = boxes.box[rows][:, None] - theirs[inside]
+        same = (np.abs(away - shifts[:, None, None]) <= COPY_PX).all(-1)
         hits += same.any(2).sum(1)
         copied += targets[inside][same[0].any(0)].tolist()
     count, chance, proposals = int(hits[0]), int(hits[1:].max()), int((~boxes.is_base).sum())
@@ -439,8 +437,8 @@ def pseudo_boxes(audited: Audited, found: Check) -> str:
             name = audited.class_name(target)
             on_novel[name] += 1
             right[name] += boxes.noun is not None and meant.get(int(boxes.noun[row])) == name
-    there = np.flatnonzero(wanted & np.isin(truth.image_ids, boxes.image_id))
-    objects, proposals = Counter(map(audited.class_name, there.tolist())), int((~boxes.is_base).sum())
+    there = np.flatnonzero(wanted & np.isin(truth.image_ids, boxes.image_id)).tolist()
+    objects, proposals = Counter(map(audited.class_name, there)), int((~boxes.is_base).sum())
     found.plain = Verdict.REPORT
     found.notes += [
         f"{name}: {on_novel[name]:,d} boxes"
@@ -449,11 +447,13 @@ def pseudo_boxes(audited: Audited, found: Check) -> str:
         for name in novel
         if objects[name]
     ]
-    by_class = {
-        name: {"boxes": on_novel[name], "right": right[name], "covered": covered[name], "objects": objects[name]}
-        for name in novel
+    found.numbers = {
+        "pseudo_boxes": proposals,
+        "by_class": {
+            name: {"boxes": on_novel[name], "right": right[name], "covered": covered[name], "objects": objects[name]}
+            for name in novel
+        },
     }
-    found.numbers = {"pseudo_boxes": proposals, "by_class": by_class}
     named = f", {right.total():,d} of them with the right noun" if boxes.nouns else "; their nouns are not known"
     return (
         f"{on_novel.total():,d} of {proposals:,d} pseudo boxes lie on a novel object (IoU >= {IOU}){named}; "

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.data.protocol import load_protocol, parse_protocol, shipped_protocols
+from hdovd.core.text_files import shipped
+from hdovd.data.protocol import load_protocol, parse_protocol
 
 BASE = (
     "person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep, bear, zebra, giraffe, backpack, "
@@ -20,7 +21,7 @@ NOVEL = "airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skate
 
 def test_ov_coco_is_the_published_split() -> None:
     protocol = load_protocol("ov-coco")
-    assert "ov-coco" in shipped_protocols()
+    assert "ov-coco" in shipped("protocols")
     assert protocol.name == "ov-coco"
     assert protocol.base == tuple(BASE.split(", "))
     assert protocol.novel == tuple(NOVEL.split(", "))
@@ -31,7 +32,7 @@ def test_ov_coco_is_the_published_split() -> None:
 
 
 def test_every_shipped_protocol_loads() -> None:
-    for name in shipped_protocols():
+    for name in shipped("protocols"):
         assert load_protocol(name).name == name
 
 

@@ -14,10 +14,9 @@ import pytest
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import Protocol, parse_protocol
+from hdovd.evaluation import Engine
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth, found_of
-from hdovd.evaluation.curves import confusion, precision_curves
-from hdovd.evaluation.engines import Engine
-from hdovd.evaluation.matching import Verdict, find_overlaps, match
+from hdovd.evaluation.matching import Verdict, confusion, find_overlaps, match, precision_curves
 from hdovd.evaluation.tide import break_down
 
 NAMES = ("zebra", "cat", "bus", "tram", "dog", "ant")

@@ -428,7 +428,7 @@ def test_forms_of_names(noun: str, name: str | None) -> None:
     [
         ({}, " is no COCO instances file"),
         ({"images": [], "annotations": [{"id": 1}], "categories": []}, ": annotation 1 lacks one of"),
-        ({"images": [{"id": 1}], "annotations": [], "categories": []}, ": image 1 lacks one of"),
+        ({"images": [{"id": 1}], "annotations": [], "categories": []}, ": image 1: file_name is null, expected a name"),
     ],
 )
 def test_a_file_that_is_no_instances_file(tmp_path: Path, tree: dict[str, Any], message: str) -> None:

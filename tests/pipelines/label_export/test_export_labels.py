@@ -325,7 +325,7 @@ def test_the_command(data: Path, tmp_path: Path, untouched: Callable[[Path], Any
         ({"category_id": 1}, r"entry 1 is not of a picture and category that are known.*KeyError\(1\)"),
         ({"score": None}, r"entry 1 .*lacks .*score \(TypeError"),
         ({"name": 3}, r"entry 1 is 3, expected a name"),
-        ({"name": "a\x1bb"}, r"entry 1 is the text .* which holds a character that cannot be printed"),
+        ({"name": "a\x1bb"}, r"entry 1 is the text .* cannot be printed"),
     ],
     ids=["image", "category", "score", "name", "control"],
 )
