@@ -23,7 +23,6 @@ DAMAGED = (OSError, EOFError, zlib.error)  # what reading a file raises, a packe
 LONGEST_NAME = 200
 LONGEST_PATH = 4096
 _CUT = 80
-_GZIP = b"\x1f\x8b"
 # Control characters, line separators, marks that turn the direction of what follows, byte-order marks, halves of
 # surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -33,7 +32,7 @@ def open_bytes(path: Path) -> IO[bytes]:
     """A file for reading, unpacked if it is gzip's, whatever its name. Raises HdovdError if it cannot be opened."""
     try:
         with path.open("rb") as file:
-            packed = file.read(2) == _GZIP
+            packed = file.read(2) == b"\x1f\x8b"
         return cast(IO[bytes], gzip.open(path)) if packed else path.open("rb")
     except OSError as error:
         raise HdovdError(f"cannot read {path}: {system_reason(error)}") from error
