@@ -22,8 +22,8 @@ import numpy as np
 from arguments import parsed, workplace
 
 from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.evaluation import Engine, require
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth
-from hdovd.evaluation.engines import Engine, require
 from hdovd.pipelines.common.process import usable_cores
 
 WIDTH, HEIGHT = 640, 480  # of every image, pixels

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hdovd.core.errors import HdovdError, system_line
 
@@ -36,7 +36,6 @@ ENDINGS = frozenset(
         ".heif",
     )
 )  # of picture files; Pillow may not read the last two
-_ORIENTATION = 0x0112  # of EXIF; from 5 on the picture lies on its side
 _bomb_limit = threading.Lock()
 
 
@@ -84,8 +83,10 @@ def open_picture(source: Any) -> Image.Image:
 
 
 def orientation_of(file: Image.Image) -> int:
-    """EXIF's, 1 for upright to 8. Pictures without it, and with what is no orientation, are taken as they are."""
+    """EXIF's, 1 for upright to 8; from 5 on the picture lies on its side. Pictures without it, and with what is no
+    orientation, are taken as they are.
+    """
     with suppress(Exception):  # a picture with damaged EXIF is a picture
-        found = file.getexif().get(_ORIENTATION, 1)
+        found = file.getexif().get(ExifTags.Base.Orientation, 1)
         return found if isinstance(found, int) and 1 <= found <= 8 else 1
     return 1

@@ -23,7 +23,6 @@ DAMAGED = (OSError, EOFError, zlib.error)  # what reading a file raises, a packe
 LONGEST_NAME = 200
 LONGEST_PATH = 4096
 _CUT = 80
-_GZIP = b"\x1f\x8b"
 # Control characters, line separators, marks that turn the direction of what follows, byte-order marks, halves of
 # surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -33,7 +32,7 @@ def open_bytes(path: Path) -> IO[bytes]:
     """A file for reading, unpacked if it is gzip's, whatever its name. Raises HdovdError if it cannot be opened."""
     try:
         with path.open("rb") as file:
-            packed = file.read(2) == _GZIP
+            packed = file.read(2) == b"\x1f\x8b"
         return cast(IO[bytes], gzip.open(path)) if packed else path.open("rb")
     except OSError as error:
         raise HdovdError(f"cannot read {path}: {system_reason(error)}") from error
@@ -173,13 +172,13 @@ def checked_name(value: Any, where: str, most: int = LONGEST_NAME) -> str:
 
     `where`: what it is the name of, for the message. Raises HdovdError.
     """
-    if not isinstance(value, str) or not value.strip():
-        raise HdovdError(f"{where} is {shown(value)}, expected a name")
-    if len(value) > most:
-        raise HdovdError(f"{where} is {shown(value)}, of {len(value):,d} characters: a name has {most} at most")
-    if _UNPRINTABLE.search(value):
-        raise HdovdError(f"{where} is {shown(value)}, which holds a character that cannot be printed: take it out")
-    return value
+    if isinstance(value, str) and value.strip() and len(value) <= most and not _UNPRINTABLE.search(value):
+        return value
+    length = f" of {len(value):,d} characters" if isinstance(value, str) and len(value) > most else ""
+    raise HdovdError(
+        f"{where} is {shown(value)}{length}, expected a name: {most} characters at most, and none that "
+        "cannot be printed"
+    )
 
 
 def printable(tree: Any) -> bool:
@@ -214,8 +213,6 @@ class JsonStream:
         self.path, self.what, self.block, self.lists = path, what, block, set[str | None]()
 
     def __iter__(self) -> Iterator[tuple[str | None, Any]]:
-        if not self.path.is_file():
-            raise HdovdError(f"{self.what}: no file {self.path}")
         self.lists.clear()
         self._text, self._at, self._dropped, self._utf8 = "", 0, 0, codecs.getincrementaldecoder("utf-8-sig")()
         with open_bytes(self.path) as self._file:
@@ -232,6 +229,15 @@ class JsonStream:
                     f"{self.what} {self.path} is not valid JSON ({why}); is the download complete?"
                 ) from error
 
+    def items(self, expected: str) -> Iterator[Any]:
+        """The items of a top-level list, of which the file is `expected` to be. Raises HdovdError for another thing."""
+        for _, item in self:
+            if None not in self.lists:
+                break
+            yield item
+        if None not in self.lists:
+            raise HdovdError(f"{self.path} is no {expected}")
+
     def _document(self) -> Iterator[tuple[str | None, Any]]:
         if self._peek() == "{":
             for _ in self._parts("}"):
@@ -245,13 +251,13 @@ class JsonStream:
         self._expect("", "Extra data")
 
     def _member(self, key: str | None) -> Iterator[tuple[str | None, Any]]:
-        if self._peek() != "[":
-            yield key, self._value()
-            return
-        if key in self.lists:
+        if key in self.lists and self._peek() == "[":
             raise HdovdError(f"{self.what} {self.path}: the list {cut(str(key))!r} stands twice")
-        self.lists.add(key)
-        for _ in self._parts("]"):
+        if self._peek() == "[":
+            self.lists.add(key)
+            for _ in self._parts("]"):
+                yield key, self._value()
+        else:
             yield key, self._value()
 
     def _parts(self, closing: str) -> Iterator[None]:

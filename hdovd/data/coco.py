@@ -11,6 +11,7 @@ import os
 import re
 from array import array
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
@@ -96,28 +97,28 @@ class Split:
         return self.folder / image.file_name
 
 
-def _four_numbers(xywh: Any) -> array[float] | None:
-    """The numbers of a COCO box, or None if it holds anything else."""
-    if not isinstance(xywh, list) or len(xywh) != 4 or bool in map(type, xywh):
-        return None
+def number(value: Any) -> float:
+    """A number of a file; NaN for what is none, a bool too, and infinite for a whole number past the largest float."""
     try:
-        return array("d", xywh)
-    except TypeError:
-        return None
-    except OverflowError:  # a whole number past the largest float
-        return array("d", [math.inf] * 4)
+        return float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def four_numbers(xywh: Any) -> list[float]:
+    """The numbers of a COCO box, all NaN if it holds anything else."""
+    sound = isinstance(xywh, list) and len(xywh) == 4 and all(type(v) in (int, float) for v in xywh)
+    return [*map(number, xywh)] if sound else [math.nan] * 4
 
 
 def clip_box(xywh: Any, width: int, height: int) -> tuple[list[float] | None, str]:
     """A COCO box (x, y, w, h) as xyxy inside the image, or None with the reason why it cannot be one."""
-    numbers = _four_numbers(xywh)
-    if numbers is None:
-        return None, "box is not four numbers"
-    x, y, w, h = numbers
+    x, y, w, h = numbers = four_numbers(xywh)
     box = array(
         "f", (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
     ).tolist()  # as float32 holds it
     faults = (
+        ("box is not four numbers", all(map(math.isnan, numbers))),
         ("box is not finite", not all(map(math.isfinite, numbers))),
         ("box is inverted (negative width or height)", w < 0 or h < 0),
         ("box has no area", w * h == 0),
@@ -146,187 +147,117 @@ def load_split(
     if not folder.is_dir():
         raise HdovdError(f"no image folder {folder}: give it with --images")
     found = read_instances(annotations, folder, federated)
-    label_of, coco_ids = _labels(found.names, protocol, annotations)
+    coco_ids = coco_ids_of(found.names, protocol, annotations)
+    label_of = {coco_id: label for label, coco_id in enumerate(coco_ids)}
     if found.absent and not protocol.federated:
         log(
             f"note: {annotations} says what is not in its images, as LVIS's annotations do, but protocol "
             f"{protocol.name} takes them for complete: federated = true in it would not"
         )
-    others = Counter(found.names[c] for c in found.categories if c not in label_of and c in found.names)
+    others = Counter(found.names[c] for c in found.categories.tolist() if c not in label_of and c in found.names)
     if others and federated is None:  # COCO's and LVIS's own have more classes than a protocol
         log(
             f"note: {annotations}: {counted(others.total(), 'box is', 'boxes are')} of classes that protocol "
             f"{protocol.name} does not name: {shorten(sorted(others))}"
         )
-    skips = Skips()
-    rows, labels, spoilt = _usable(found, label_of, len(protocol.base) if base_only else None, skips)
-    wanted = protocol.base if base_only else protocol.names
+    skips, wanted = Skips(), protocol.base if base_only else protocol.names
+    asked = coco_ids[: len(wanted)]
+    rows, spoilt = _usable(found, set(asked), base_only, skips)
     if not any(rows.values()):
         raise HdovdError(
             f"{annotations} holds no usable box of the {len(wanted)} classes of protocol {protocol.name} "
             f"({shorten(list(wanted))})" + "".join("\n" + line for line in skips.lines())
         )
     keep_empty = protocol.keep_empty_train if base_only else protocol.keep_empty_val
-    boxes, kept, empty = np.frombuffer(found.boxes).reshape(-1, 4), list[ImageBoxes](), list[int]()
-    for i, (name, width, height) in found.images.items():
-        own = rows[i]
-        if not own and i in spoilt:
+    known = federated_classes(found, [*found.images], asked, protocol) if protocol.federated else None
+    kept, empty = list[ImageBoxes](), list[int]()
+    for row, (i, (name, width, height)) in enumerate(found.images.items()):
+        own = np.array(rows[i], np.int64)
+        if not rows[i] and i in spoilt:
             skips.add("image, no annotation of it is left", i)
-        elif not own and not keep_empty:
+        elif not rows[i] and not keep_empty:
             empty.append(i)
         elif base_only and min(width, height) < protocol.min_image_side_px:
             skips.add(f"image with a side under {protocol.min_image_side_px} px", i)
         else:
-            kept.append(
-                ImageBoxes(
-                    i,
-                    name,
-                    width,
-                    height,
-                    boxes[own].astype(np.float32),
-                    labels[own],
-                    np.array([found.ids[row] for row in own], np.int64),
-                    _judged(found, i, labels[own], label_of, protocol)[: len(wanted)] if protocol.federated else None,
-                )
-            )
+            labels = np.array([label_of[c] for c in found.categories[own].tolist()], np.int64)
+            present = np.bincount(labels, minlength=len(wanted)) > 0
+            judged = (known[0][row] | present) & ~known[1][row] if known else None
+            kept.append(ImageBoxes(i, name, width, height, found.corners[own], labels, found.ids[own], judged))
     return Split(kept, folder, annotations, coco_ids, skips, empty=empty)
 
 
-def _usable(
-    found: Instances, label_of: dict[int, int], base: int | None, skips: Skips
-) -> tuple[dict[int, array[int]], np.ndarray, set[int]]:
-    """The rows of each image that are boxes of the protocol's classes, or without crowds of its first `base`; the label
-    of each row, (A,) int64; and the images that lost one, which is added to `skips`. Boxes become xyxy in place.
+def _usable(found: Instances, wanted: set[int], base_only: bool, skips: Skips) -> tuple[dict[int, list[int]], set[int]]:
+    """The rows of each image that are boxes of the wanted categories, with `base_only` without crowds; and the images
+    that lost one, which is added to `skips`, as is one of no known category.
+    """
+    rows, spoilt = {i: list[int]() for i in found.images}, set[int]()
+    for row, (image_id, category) in enumerate(zip(found.image_ids.tolist(), found.categories.tolist(), strict=True)):
+        if category in found.names and (category not in wanted or (base_only and found.crowd[row])):
+            continue
+        if row in found.odd:
+            skips.add(f"annotation, {found.odd[row]}", int(found.ids[row]))
+            spoilt.add(image_id)
+        else:
+            rows[image_id].append(row)
+    return rows, spoilt
+
+
+def federated_classes(
+    found: Instances, image_ids: Sequence[int], coco_ids: Sequence[int], protocol: Protocol
+) -> tuple[np.ndarray, np.ndarray]:
+    """(I, K) bool each, of images and classes: which are known not to be there, and of which not all objects are
+    annotated. Raises HdovdError for an image of which the file does not say it.
     """
     import numpy as np
 
-    rows, labels, spoilt = {i: array("q") for i in found.images}, np.zeros(len(found.ids), np.int64), set[int]()
-    for row, (number, image_id, category) in enumerate(zip(found.ids, found.image_ids, found.categories, strict=True)):
-        label = label_of.get(category)
-        if label is None and category in found.names:
-            continue
-        if label is None:
-            box, why = None, f"its category is none of {found.file.name}"
-        elif base is not None and (label >= base or found.crowd[row]):
-            continue
-        elif row in found.odd:
-            box, why = None, found.odd[row]
-        else:
-            box, why = clip_box(found.boxes[4 * row : 4 * row + 4].tolist(), *found.images[image_id][1:])
-        if box is None or label is None:
-            skips.add(f"annotation, {why}", number)
-            spoilt.add(image_id)
-            continue
-        found.boxes[4 * row : 4 * row + 4] = array("d", box)
-        labels[row] = label
-        rows[image_id].append(row)
-    return rows, labels, spoilt
-
-
-def _judged(
-    found: Instances, image_id: int, present: np.ndarray, label_of: dict[int, int], protocol: Protocol
-) -> np.ndarray:
-    """`ImageBoxes.judged` of an image with objects of the labels `present`. Raises HdovdError as `known_absent`."""
-    import numpy as np
-
-    judged = np.zeros(len(protocol.names), bool)
-    judged[present] = True
-    judged[[label_of[c] for c in found.known_absent(image_id, protocol) if c in label_of]] = True
-    judged[[label_of[c] for c in found.unfinished.get(image_id, ()) if c in label_of]] = False
-    return judged
+    label_of = {coco_id: label for label, coco_id in enumerate(coco_ids)}
+    absent, unfinished = np.zeros((2, len(image_ids), len(coco_ids)), bool)
+    for row, image_id in enumerate(image_ids):
+        if image_id not in found.absent:
+            raise HdovdError(
+                f"{found.file}: image {image_id} has no neg_category_ids, which say what is known not to be in it: "
+                f"protocol {protocol.name} is for LVIS's annotations, not for COCO's"
+            )
+        absent[row, [label_of[c] for c in found.absent[image_id] if c in label_of]] = True
+        unfinished[row, [label_of[c] for c in found.unfinished.get(image_id, ()) if c in label_of]] = True
+    return absent, unfinished
 
 
 @dataclass(slots=True)
 class Instances:
-    """An instances file, every value of the type that its key has. A annotations, in file order.
+    """An instances file, every value of the type that its key has, as columns of A annotations, in file order.
 
-    images: id -> (file name, width, height), in file order. names: category id -> name. ids, image_ids, categories,
-    crowd (A,); boxes: x, y, w, h as the file has them, 4 * A; odd: why those of a row, which are zeros then, are no
-    box; areas (A,), NaN where there is none; ignored: rows that say `ignore`. absent, unfinished: of federated
-    annotations (LVIS), by image id, the categories that are known not to be in an image, and those whose objects are
-    not all annotated in it. As dicts, with outlines, the annotations of COCO's training images take gigabytes.
+    folder: of the pictures. images: id -> (file name, width, height), in file order. names: category id -> name. ids,
+    image_ids, categories (A,) int64; crowd, ignored (A,) bool: what says `iscrowd` and `ignore`; boxes (A, 4) float64:
+    x, y, w, h as the file has them, NaN for what is no box; areas (A,), NaN where there is none; corners (A, 4)
+    float32: xyxy inside the image, 0 for what cannot be used; odd: why that is, by row. absent, unfinished: of
+    federated annotations (LVIS), by image id, the categories that are known not to be in an image, and those whose
+    objects are not all annotated in it. As dicts, with outlines, the annotations of COCO's training images take
+    gigabytes.
     """
 
     file: Path
-    images: dict[int, tuple[str, int, int]] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)
-    ids: array[int] = field(default_factory=lambda: array("q"))
-    image_ids: array[int] = field(default_factory=lambda: array("q"))
-    categories: array[int] = field(default_factory=lambda: array("q"))
-    crowd: bytearray = field(default_factory=bytearray)
-    boxes: array[float] = field(default_factory=lambda: array("d"))
-    odd: dict[int, str] = field(default_factory=dict)
-    areas: array[float] = field(default_factory=lambda: array("d"))
-    ignored: set[int] = field(default_factory=set)
-    absent: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    unfinished: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    folder: Path
+    images: dict[int, tuple[str, int, int]]
+    names: dict[int, str]
+    ids: np.ndarray
+    image_ids: np.ndarray
+    categories: np.ndarray
+    crowd: np.ndarray
+    ignored: np.ndarray
+    boxes: np.ndarray
+    areas: np.ndarray
+    corners: np.ndarray
+    odd: dict[int, str]
+    absent: dict[int, tuple[int, ...]]
+    unfinished: dict[int, tuple[int, ...]]
 
-    def add(self, a: dict[str, Any]) -> None:
-        """Check an annotation and add it. Raises HdovdError that says what is wrong with it."""
-        row = len(self.ids)
-        try:
-            box = a["bbox"] if "bbox" in a or not a.get("segmentation") else None
-            number, image_id, category = a["id"], a["image_id"], a["category_id"]
-        except KeyError:
-            raise HdovdError(
-                f"{self._name(a)} lacks one of id, image_id, category_id, bbox (or segmentation)"
-            ) from None
-        if box is None and a.get("segmentation"):
-            box = outline_box(a["segmentation"])
-        if not (
-            type(number) is type(image_id) is type(category) is int
-            and -_MOST <= number <= _MOST
-            and -_MOST <= image_id <= _MOST
-            and -_MOST <= category <= _MOST
-        ):
-            number, image_id, category = (
-                whole(a[key], f"{self._name(a)}: {key}") for key in ("id", "image_id", "category_id")
-            )
-        crowd, area = a.get("iscrowd"), a.get("area")
-        if crowd not in (None, 0, 1):
-            raise HdovdError(f"{self._name(a)}: iscrowd is {shown(crowd)}, expected 0 or 1")
-        if area is not None and not is_finite(area):
-            raise HdovdError(f"{self._name(a)}: area is {shown(area)}, expected a number")
-        numbers = _four_numbers(box)
-        if numbers is None:
-            self.odd[row], numbers = "box is not four numbers", array("d", bytes(32))
-        if a.get("ignore"):
-            self.ignored.add(row)
-        self.boxes.extend(numbers)
-        self.areas.append(math.nan if area is None else area)
-        self.crowd.append(crowd == 1)
-        self.ids.append(number)
-        self.image_ids.append(image_id)
-        self.categories.append(category)
-
-    def _name(self, a: dict[str, Any]) -> str:
-        return f"{self.file}: annotation {a['id'] if type(a.get('id')) is int else f'number {len(self.ids)}'}"
-
-    def known_absent(self, image_id: int, protocol: Protocol) -> tuple[int, ...]:
-        """The categories that are known not to be in an image. Raises HdovdError if the file does not say it."""
-        if image_id not in self.absent:
-            raise HdovdError(
-                f"{self.file}: image {image_id} has no neg_category_ids, which say what is known not to be in it: "
-                f"protocol {protocol.name} is for LVIS's annotations, not for COCO's"
-            )
-        return self.absent[image_id]
-
-    def check(self) -> None:
-        """Raises HdovdError for an annotation of an image that is not there, and for an id that stands twice."""
+    def of_classes(self, names: Collection[str]) -> np.ndarray:
+        """(A,) bool: the annotations of these classes."""
         import numpy as np
 
-        ids, image_ids = np.array(self.ids, np.int64), np.array(self.image_ids, np.int64)
-        if len(lost := np.flatnonzero(~np.isin(image_ids, np.array([*self.images], np.int64)))):
-            raise HdovdError(
-                f"{self.file}: annotation {ids[lost[0]]} is for image {image_ids[lost[0]]}, which is not in its "
-                "images; the file is damaged or was cut by hand"
-            )
-        values, counts = np.unique(ids, return_counts=True)
-        if (counts > 1).any():
-            raise HdovdError(
-                f"{self.file}: annotation id {values[counts > 1][0]} stands twice; the cache joins rows by it, so "
-                f"number them anew"
-            )
+        return np.isin(self.categories, [i for i, name in self.names.items() if name in names])
 
 
 def read_instances(
@@ -338,10 +269,68 @@ def read_instances(
 
     Raises HdovdError that names the file and the first entry that is not as it should be.
     """
-    found, images, categories = Instances(file), list[Any](), list[Any]()
-    fault: HdovdError | None = (
-        None  # of an annotation: said at the end, where the file is known to be COCO's, and its images are
+    import numpy as np
+
+    entries, categories, numbers, sides, fault = _lists(file)
+    is_federated = any(_FEDERATED[0] in entry for entry in entries)
+    if federated not in (None, is_federated):
+        raise HdovdError(
+            f"{file} is {_IN_WORDS[is_federated]}, but is read as {_IN_WORDS[federated]}: give the --form that the "
+            "data are of"
+        )
+    names, images = _names(categories, file), _images(entries, file, folder, any_bytes)
+    ids, image_ids, kinds, crowd, ignored = np.array(numbers, np.int64).reshape(-1, 5).T
+    once, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        raise HdovdError(
+            f"{file}: annotation id {once[counts > 1][0]} stands twice; the cache joins rows by it, so number them anew"
+        )
+    if fault is not None:
+        raise fault
+    table, corners, odd = np.array(sides).reshape(-1, 5), np.zeros((len(ids), 4), np.float32), dict[int, str]()
+    for row, (image_id, kind) in enumerate(zip(image_ids.tolist(), kinds.tolist(), strict=True)):
+        if image_id not in images:
+            raise HdovdError(
+                f"{file}: annotation {ids[row]} is for image {image_id}, which is not in its images; the file is "
+                "damaged or was cut by hand"
+            )
+        box, why = clip_box(table[row, :4].tolist(), *images[image_id][1:])
+        if box is None or kind not in names:
+            odd[row] = why if kind in names else f"its category is none of {file.name}"
+        else:
+            corners[row] = box
+    absent, unfinished = (
+        {whole(entry["id"], key): _categories(entry, key, names, file) for entry in entries if key in entry}
+        for key in _FEDERATED
     )
+    return Instances(
+        file,
+        folder or Path(),
+        images,
+        names,
+        ids,
+        image_ids,
+        kinds,
+        crowd > 0,
+        ignored > 0,
+        table[:, :4],
+        table[:, 4],
+        corners,
+        odd,
+        absent,
+        unfinished,
+    )
+
+
+def _lists(
+    file: Path,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], array[int], array[float], HdovdError | None]:
+    """Images, categories, and of annotations what `_annotation` makes of them; and what is wrong with one: it is said
+    where the file is known to be COCO's, and its images are. Raises HdovdError for a file that has no such lists.
+    """
+    entries, categories = list[Any](), list[Any]()
+    numbers, sides = array("q"), array("d")  # five of each annotation
+    fault: HdovdError | None = None
     stream, strange = JsonStream(file, "annotations"), False
     for key, item in stream:
         if key not in _PARTS:
@@ -350,26 +339,36 @@ def read_instances(
             strange = True
         elif key == "annotations" and fault is None:
             try:
-                found.add(item)
+                whole_ones, others = _annotation(item)
+                numbers.extend(whole_ones)
+                sides.extend(others)
             except HdovdError as error:
-                fault = error
+                called = item["id"] if type(item.get("id")) is int else f"number {len(numbers) // 5}"
+                fault = HdovdError(f"{file}: annotation {called}{error}")
         elif key == "images":
-            images.append({k: item[k] for k in _IMAGE_KEYS if k in item})
+            entries.append({k: item[k] for k in _IMAGE_KEYS if k in item})
         elif key == "categories":
             categories.append(item)
     if strange or not stream.lists >= _PARTS:
         raise HdovdError(f"{file} is no COCO instances file: it needs images, annotations and categories")
-    is_federated = any(_FEDERATED[0] in entry for entry in images)
-    if federated not in (None, is_federated):
-        was, wanted = _IN_WORDS[is_federated], _IN_WORDS[federated]
-        raise HdovdError(f"{file} is {was}, but is read as {wanted}: give the --form that the data are of")
-    found.names, found.images = _names(categories, file), _images(images, file, folder, any_bytes)
-    for key, into in zip(_FEDERATED, (found.absent, found.unfinished), strict=True):
-        into.update({whole(entry["id"], key): _categories(entry, key, found) for entry in images if key in entry})
-    found.check()
-    if fault is not None:
-        raise fault
-    return found
+    return entries, categories, numbers, sides, fault
+
+
+def _annotation(a: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """Of an annotation: its id, image and category, whether it is a crowd, and to be ignored; x, y, w, h and area, NaN
+    for what is not there. Raises HdovdError that says what is wrong with it.
+    """
+    if not {"id", "image_id", "category_id"} <= a.keys() or not ("bbox" in a or a.get("segmentation")):
+        raise HdovdError(" lacks one of id, image_id, category_id, bbox (or segmentation)")
+    box, crowd, area = a.get("bbox"), a.get("iscrowd"), a.get("area")
+    if box is None and a.get("segmentation"):
+        box = outline_box(a["segmentation"])
+    numbers = [whole(a[key], f": {key}") for key in ("id", "image_id", "category_id")]
+    if crowd not in (None, 0, 1):
+        raise HdovdError(f": iscrowd is {shown(crowd)}, expected 0 or 1")
+    if area is not None and not math.isfinite(number(area)):
+        raise HdovdError(f": area is {shown(area)}, expected a number")
+    return [*numbers, crowd == 1, bool(a.get("ignore"))], [*four_numbers(box), math.nan if area is None else area]
 
 
 def whole(value: Any, where: str, least: int = -_MOST, most: int = _MOST) -> int:
@@ -385,14 +384,6 @@ def whole(value: Any, where: str, least: int = -_MOST, most: int = _MOST) -> int
     return value
 
 
-def is_finite(value: Any) -> bool:
-    """Whether a value of a file is a number, and no bool, that a float holds."""
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
 def outline_box(segmentation: Any) -> Any:
     """The box (x, y, w, h) around polygons `[[x, y, x, y, ...], ...]` or a run-length mask `{"size", "counts"}`; None
     if it is neither.
@@ -400,46 +391,36 @@ def outline_box(segmentation: Any) -> Any:
     if isinstance(segmentation, dict):
         return _mask_box(segmentation.get("size"), segmentation.get("counts"))
     if not isinstance(segmentation, list) or not all(
-        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation
+        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(math.isfinite(number(v)) for v in p)
+        for p in segmentation
     ):
         return None
     xs, ys = ([v for polygon in segmentation for v in polygon[first::2]] for first in (0, 1))
-    if not all(map(is_finite, xs + ys)):
-        return None
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def _mask_box(size: Any, counts: Any) -> list[float] | None:
     from pycocotools import mask  # here: it is slow to import, and such masks without a box are rare
 
-    if (
-        not isinstance(size, list)
-        or len(size) != 2
-        or not all(type(side) is int and 0 < side <= _LONGEST_SIDE for side in size)
-    ):
+    if not isinstance(size, list) or len(size) != 2 or not all(type(v) is int and 0 < v <= _LONGEST_SIDE for v in size):
         return None
+    pixels = size[0] * size[1]
     if isinstance(counts, list):
-        if (
-            not all(type(count) is int and 0 <= count <= size[0] * size[1] for count in counts)
-            or sum(counts) != size[0] * size[1]
-        ):
-            return None
-        return list(map(float, mask.toBbox(mask.frPyObjects({"size": size, "counts": counts}, *size))))
-    if not isinstance(counts, str) or not re.fullmatch(
-        "[0-o]*[0-O]", counts
-    ):  # the last character says that no other follows
+        sound = all(type(count) is int and 0 <= count <= pixels for count in counts) and sum(counts) == pixels
+    else:  # the last character says that no other follows
+        sound = isinstance(counts, str) and re.fullmatch("[0-o]*[0-O]", counts) is not None
+    if not sound:
         return None
-    return list(map(float, mask.toBbox({"size": size, "counts": counts})))
+    runs = {"size": size, "counts": counts}
+    return list(map(float, mask.toBbox(mask.frPyObjects(runs, *size) if isinstance(counts, list) else runs)))
 
 
 def _names(categories: list[dict[str, Any]], file: Path) -> dict[int, str]:
     """Category names by id. Raises HdovdError if two share an id or a name."""
     names: dict[int, str] = {}
     for place, category in enumerate(categories):
-        if not {"id", "name"} <= category.keys():
-            raise HdovdError(f"{file}: a category lacks id or name")
-        number = whole(category["id"], f"{file}: category number {place}: id")
-        name = checked_name(category["name"], f"{file}: category {number}: name")
+        number = whole(category.get("id"), f"{file}: category number {place}: id")
+        name = checked_name(category.get("name"), f"{file}: category {number}: name")
         if number in names:
             raise HdovdError(
                 f"{file}: category id {number} is both {names[number]!r} and {name!r}: were two files merged? Number "
@@ -451,27 +432,27 @@ def _names(categories: list[dict[str, Any]], file: Path) -> dict[int, str]:
     return names
 
 
-def _labels(names: dict[int, str], protocol: Protocol, file: Path) -> tuple[dict[int, int], tuple[int, ...]]:
+def coco_ids_of(names: dict[int, str], protocol: Protocol, file: Path) -> tuple[int, ...]:
+    """The category ids of a protocol's classes, by label. Raises HdovdError if the file lacks one."""
     id_of = {name: number for number, name in names.items()}
     if absent := [name for name in protocol.names if name not in id_of]:
-        near = {name: get_close_matches(name, id_of, 1) for name in absent}
         hints = "; ".join(
-            f"{name!r}" + (f" (the file has {n[0]!r})" if n else "") for name, n in list(near.items())[:8]
+            f"{name!r}" + "".join(f" (the file has {near!r})" for near in get_close_matches(name, id_of, 1))
+            for name in absent[:8]
         )
         raise HdovdError(
             f"protocol {protocol.name} names classes that {file} does not know: {hints}. "
             "Give the split that fits this data with --protocol"
         )
-    coco_ids = tuple(id_of[name] for name in protocol.names)
-    return {coco_id: label for label, coco_id in enumerate(coco_ids)}, coco_ids
+    return tuple(id_of[name] for name in protocol.names)
 
 
-def _categories(entry: dict[str, Any], key: str, found: Instances) -> tuple[int, ...]:
+def _categories(entry: dict[str, Any], key: str, names: dict[int, str], file: Path) -> tuple[int, ...]:
     """The category ids that an image lists under a key of federated annotations. Raises HdovdError."""
     ids = entry[key]
-    if not isinstance(ids, list) or not all(type(one) is int and one in found.names for one in ids):
+    if not isinstance(ids, list) or not all(type(one) is int and one in names for one in ids):
         raise HdovdError(
-            f"{found.file}: image {shown(entry['id'])}: {key} is {shown(ids)}, expected a list of ids of its categories"
+            f"{file}: image {shown(entry['id'])}: {key} is {shown(ids)}, expected a list of ids of its categories"
         )
     return tuple(ids)
 
@@ -481,16 +462,12 @@ def _images(
 ) -> dict[int, tuple[str, int, int]]:
     images: dict[int, tuple[str, int, int]] = {}
     for place, entry in enumerate(entries):
-        name = entry.get("file_name")
-        if not {"id", "width", "height"} <= entry.keys() or (name is None and "coco_url" not in entry):
-            raise HdovdError(
-                f"{file}: image {shown(entry.get('id'))} lacks one of id, file_name (or coco_url), width, height"
-            )
-        number = whole(entry["id"], f"{file}: image number {place}: id")
+        name: Any = entry.get("file_name")
+        number = whole(entry.get("id"), f"{file}: image number {place}: id")
         where = f"{file}: image {number}"
         if number in images:
             raise HdovdError(f"{file}: image id {number} stands twice")
-        if name is None:
+        if name is None and "coco_url" in entry:
             name = _name_of_url(checked_name(entry["coco_url"], f"{where}: coco_url", LONGEST_PATH), folder)
         elif isinstance(name, str) and name.startswith("images/v") and folder and not (folder / "images").is_dir():
             name = "/".join(PurePosixPath(name).parts[-2:])  # Objects365 has images/v1/patch8/x.jpg in train/patch8
@@ -501,8 +478,8 @@ def _images(
         )
         images[number] = (
             _inside(name, folder, file, where),
-            whole(entry["width"], f"{where}: width", 1, _LONGEST_SIDE),
-            whole(entry["height"], f"{where}: height", 1, _LONGEST_SIDE),
+            whole(entry.get("width"), f"{where}: width", 1, _LONGEST_SIDE),
+            whole(entry.get("height"), f"{where}: height", 1, _LONGEST_SIDE),
         )
     return images
 
@@ -547,9 +524,9 @@ class DataPaths:
         """`load_split` of `split` ("train2017", "val2017"), its pictures to be read by `exif`; what is skipped goes to
         `log`.
         """
-        files, named = self.locate(split), self.annotations is None or self.form != AUTO
-        federated = self._form().federated if named else None
-        loaded = replace(load_split(*files, protocol, base_only=base_only, federated=federated), exif=Exif(exif))
+        files = self.locate(split)
+        federated = self._form().federated if self.annotations is None or self.form != AUTO else None
+        loaded = load_split(*files, protocol, base_only=base_only, federated=federated)
         log(*loaded.skips.lines())
         if loaded.empty:
             classes, switch = ("base", "keep_empty_train") if base_only else ("protocol's", "keep_empty_val")
@@ -557,17 +534,12 @@ class DataPaths:
                 f"left out {len(loaded.empty):,d}: image without an object of the {classes} classes "
                 f"({shorten(list(loaded.empty))}); a protocol file with {switch} = true keeps them"
             )
-        return loaded
+        return replace(loaded, exif=Exif(exif))
 
     def has(self, split: str) -> bool:
-        """Whether `locate` finds a split; False where the form is not known, and, which is told, for what cannot be
-        converted.
-        """
+        """Whether `locate` finds a split; False, which is told, for what is of no form or cannot be converted."""
         try:
             form, root = self._form(), self.root or Path()
-        except HdovdError:
-            return False
-        try:
             return form.annotations(root, split).is_file() and form.images(root, split).is_dir()
         except HdovdError as error:
             log(f"note: {split} cannot be used: {error}")

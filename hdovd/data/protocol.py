@@ -10,14 +10,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter, ValidationError
 
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.text_files import checked_name, cut, read_shipped, shipped, shown
+from hdovd.core.text_files import checked_name, cut, read_shipped, shown
 
 if TYPE_CHECKING:
     import numpy as np
+
+METRICS = {"ap50": "AP50", "ap": "AP"}
+GROUPS = ("novel", "base", "all")  # of every protocol
+Name = Annotated[str, AfterValidator(partial(checked_name, where="a name in it"))]
+Names = Annotated[tuple[Name, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +42,17 @@ class Protocol:
     `groups`: other groups of classes that metrics are stated for, by name; tables show them in place of novel and base.
     """
 
-    name: str
-    base: tuple[str, ...]
-    novel: tuple[str, ...]
-    min_image_side_px: int = 32
-    max_detections: tuple[int, ...] = (100, 300, 1000)
-    keep_empty_train: bool = False
-    keep_empty_val: bool = False
-    federated: bool = False
-    metric: str = "ap50"
-    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    name: Name
+    base: Names
+    novel: tuple[Name, ...]
+    min_image_side_px: StrictInt = 32
+    max_detections: Annotated[tuple[Annotated[StrictInt, Field(gt=0)], ...], Field(min_length=1)] = (100, 300, 1000)
+    keep_empty_train: StrictBool = False
+    keep_empty_val: StrictBool = False
+    federated: StrictBool = False
+    metric: Literal["ap50", "ap"] = "ap50"
+    groups: Mapping[Name, Names] = field(default_factory=dict, hash=False)
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,28 +67,12 @@ class Protocol:
         """Plain values; what has a default only where it has another value, since records of before it was there have
         none.
         """
-        return {
-            "name": self.name,
-            "base": list(self.base),
-            "novel": list(self.novel),
-            "min_image_side_px": self.min_image_side_px,
-            "max_detections": list(self.max_detections),
-        } | {name: _plain(getattr(self, name)) for name in _LATER if getattr(self, name) != _DEFAULTS[name]}
+        always = ("name", "base", "novel", "min_image_side_px", "max_detections")
+        every, others = (_VALUES.dump_python(self, mode="json", exclude_defaults=left) for left in (False, True))
+        return {key: every[key] for key in always} | dict(others)
 
 
-_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Protocol) if f.default is not MISSING} | {"groups": {}}
-_SWITCHES = ("keep_empty_train", "keep_empty_val", "federated")
-_LATER = (*_SWITCHES, "metric", "groups")
-METRICS = {"ap50": "AP50", "ap": "AP"}
-GROUPS = ("novel", "base", "all")  # of every protocol
-
-
-def _plain(value: Any) -> Any:
-    return {name: list(names) for name, names in value.items()} if isinstance(value, Mapping) else value
-
-
-def shipped_protocols() -> list[str]:
-    return shipped("protocols")
+_VALUES = TypeAdapter(Protocol)
 
 
 def load_protocol(name_or_file: str) -> Protocol:
@@ -96,54 +89,27 @@ def load_protocol(name_or_file: str) -> Protocol:
 
 def parse_protocol(values: dict[str, Any]) -> Protocol:
     """A protocol from plain values, checked. Raises HdovdError."""
-    unknown = sorted(values.keys() - {"name", "base", "novel", *_DEFAULTS})
-    missing = sorted({"name", "base", "novel"} - values.keys())
-    if unknown or missing:
-        raise HdovdError(f"unknown keys [{cut(', '.join(unknown))}], missing keys {missing}; needed: name, base, novel")
-    for key in ("base", "novel"):
-        if not isinstance(values[key], list | tuple):
-            raise HdovdError(f"{key} must be a list of class names, not {shown(values[key])}")
-        for place, name in enumerate(values[key]):
-            checked_name(name, f"{key} must be a list of class names: number {place}")
-    names = [*values["base"], *values["novel"]]
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice or not values["base"]:
-        raise HdovdError(f"named twice: {shorten(list(twice))}" if twice else "base holds no class name")
-    settings = {key: values.get(key, default) for key, default in _DEFAULTS.items()}
-    side, dets = settings["min_image_side_px"], settings["max_detections"]
-    if (
-        type(side) is not int
-        or not isinstance(dets, list | tuple)
-        or not dets
-        or not all(type(d) is int and d > 0 for d in dets)
-    ):
-        raise HdovdError(
-            f"min_image_side_px must be a whole number and max_detections a list of them: {cut(f'{side!r}, {dets!r}')}"
-        )
-    switches = [settings[switch] for switch in _SWITCHES]
-    if not all(isinstance(switch, bool) for switch in switches):
-        raise HdovdError(f"{' and '.join(_SWITCHES)} must be true or false: {cut(repr(switches))}")
-    if settings["metric"] not in [*METRICS]:  # a list is no key
-        raise HdovdError(f"metric is {shown(settings['metric'])}, expected {' or '.join(METRICS)}")
-    settings |= {"max_detections": tuple(dets), "groups": _groups(settings["groups"], names)}
-    return Protocol(checked_name(values["name"], "name"), tuple(values["base"]), tuple(values["novel"]), **settings)
-
-
-def _groups(given: Any, names: list[str]) -> dict[str, tuple[str, ...]]:
-    """The groups of a protocol of the classes `names`. Raises HdovdError."""
-    if not isinstance(given, Mapping):
-        raise HdovdError(f"groups must be a table of lists of class names, not {shown(given)}")
-    known = set(names)
-    for group, own in given.items():
-        if checked_name(group, "groups: a name") in GROUPS:
+    try:
+        found = _VALUES.validate_python(values)
+    except ValidationError as error:
+        lines = [
+            f"{cut('.'.join(map(str, e['loc'])), 80)}"
+            + (": " if e["type"] == "missing" else f" is {shown(e['input'])}: ")
+            + cut(e["msg"])
+            for e in error.errors()[:3]
+        ]
+        raise HdovdError(f"{'; '.join(lines)}. It has {', '.join(Protocol.__slots__)}") from error
+    known = Counter(found.names)
+    if twice := sorted(name for name, count in known.items() if count > 1):
+        raise HdovdError(f"named twice: {shorten(list(twice))}")
+    for group, own in found.groups.items():
+        if group in GROUPS:
             raise HdovdError(f"groups: every protocol has a group {group!r} already: give it another name")
-        if not isinstance(own, list | tuple) or not own or not all(isinstance(name, str) for name in own):
-            raise HdovdError(f"groups: {cut(group)} must be a list of class names, not {shown(own)}")
         if strange := [name for name in own if name not in known]:
             raise HdovdError(f"groups: {cut(group)} holds {shorten(strange)}, neither base nor novel classes")
         if len(set(own)) < len(own):
             raise HdovdError(f"groups: {cut(group)} names a class twice")
-    return {group: tuple(own) for group, own in given.items()}
+    return found
 
 
 # --- groups of classes ---

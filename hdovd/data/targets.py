@@ -32,8 +32,8 @@ class Targets:
 
     def to(self, device: torch.device | str) -> "Targets":
         """The same, on a device."""
-        parts = {name: getattr(self, name) for name in self.__slots__ if getattr(self, name) is not None}
-        return Targets(**{name: part.to(device, non_blocking=True) for name, part in parts.items()})
+        parts = ((name, getattr(self, name)) for name in self.__slots__)
+        return Targets(**{name: part.to(device, non_blocking=True) for name, part in parts if part is not None})
 
     @property
     def all_boxes(self) -> Tensor:

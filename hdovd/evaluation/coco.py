@@ -10,7 +10,6 @@ class: of 1,203 classes in 20,000 images COCOeval would keep 24 million entries,
 
 import contextlib
 import io
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.data.coco import Instances, clip_box, read_instances
+from hdovd.data.coco import Instances, federated_classes, read_instances
 from hdovd.data.protocol import Protocol, group_mean, groups_of
-from hdovd.evaluation.engines import Engine, classes
+from hdovd.evaluation import Engine, classes
 from hdovd.evaluation.matching import Found, Judged, Objects, counted
 
 
@@ -43,14 +42,6 @@ class AveragePrecision:
     def without_ground_truth(self) -> list[str]:
         return [name for name, value in zip(self.protocol.names, self.ap50, strict=True) if np.isnan(value)]
 
-    def check_weighted_mean(self) -> None:
-        """`all` is the class-weighted mean of base and novel when every class has ground truth."""
-        base, novel = len(self.protocol.base), len(self.protocol.novel)
-        for parts in self.summary().values():
-            weighted = (base * (parts["base"] or 0.0) + novel * (parts["novel"] or 0.0)) / (base + novel)
-            if novel and not self.without_ground_truth() and abs((parts["all"] or 0.0) - weighted) > 1e-6:
-                raise AssertionError(f"AP of all {parts['all']} is not the weighted mean of base and novel {weighted}")
-
     def per_class(self) -> dict[str, dict[str, float | None]]:
         return {
             name: {"ap50": None, "ap": None} if np.isnan(ap50) else {"ap50": ap50, "ap": ap}
@@ -64,15 +55,10 @@ ANYWHERE = (-1e7, -1e7, 2e7, 2e7)  # a box around whatever is detected, also bey
 def found_of(rows: Iterable[Mapping[str, Any]], coco_ids: tuple[int, ...]) -> Found:
     """Arrays of rows that are known to be sound. `coco_ids`: the category id of every class, in label order."""
     label = {coco_id: k for k, coco_id in enumerate(coco_ids)}
-    image_ids, labels, boxes, scores = array("q"), array("q"), array("d"), array("d")
-    for row in rows:  # one by one: a list of COCO val's takes hundreds of megabytes
-        image_ids.append(row["image_id"])
-        labels.append(label[row["category_id"]])
-        boxes.extend(row["bbox"])
-        scores.append(row["score"])
-    return Found(
-        np.array(image_ids, np.int64), np.array(boxes).reshape(-1, 4), np.array(labels, np.int64), np.array(scores)
-    )
+    columns = np.dtype([("image_ids", "q"), ("boxes", "d", 4), ("labels", "q"), ("scores", "d")])
+    values = ((row["image_id"], tuple(row["bbox"]), label[row["category_id"]], row["score"]) for row in rows)
+    table = np.fromiter(values, columns)  # not from a list: that of COCO val's takes hundreds of megabytes
+    return Found(*(np.ascontiguousarray(table[name]) for name in ("image_ids", "boxes", "labels", "scores")))
 
 
 class GroundTruth:
@@ -97,28 +83,20 @@ class GroundTruth:
         self._coco, self._evaluation = classes(engine)
         self._image_ids, label = set(image_ids), {coco_id: k for k, coco_id in enumerate(coco_ids)}
         found = read_instances(annotations)
-        boxes = np.array(found.boxes).reshape(-1, 4)
         kept = [
             row
-            for row, (image_id, category) in enumerate(zip(found.image_ids, found.categories, strict=True))
-            if image_id in self._image_ids
-            and category in label
-            and row not in found.odd
-            and clip_box(boxes[row].tolist(), *found.images[image_id][1:])[0] is not None
+            for row, (image_id, kind) in enumerate(
+                zip(found.image_ids.tolist(), found.categories.tolist(), strict=True)
+            )
+            if image_id in self._image_ids and kind in label and row not in found.odd
         ]  # what `load_split` skipped is no object
-        self.objects = Objects(
-            np.array(found.image_ids, np.int64)[kept],
-            boxes[kept],
-            np.array([label[found.categories[row]] for row in kept], np.int64),
-            np.array(found.crowd, bool)[kept],
-        )
-        areas = np.array(found.areas)
-        areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)[kept].tolist()
+        labels = np.array([label[kind] for kind in found.categories[kept].tolist()], np.int64)
+        self.objects = Objects(found.image_ids[kept], found.boxes[kept], labels, found.crowd[kept])
+        areas = np.where(np.isnan(found.areas), found.boxes[:, 2] * found.boxes[:, 3], found.areas)[kept].tolist()
         if protocol.federated:
-            self.objects = self._federated(found, label)
+            self.objects = self._federated(found)
             areas += [0.0] * (len(self.objects.labels) - len(kept))
-        columns = (self.objects.image_ids, self.objects.labels, self.objects.boxes, self.objects.crowd)
-        rows = zip(*(column.tolist() for column in columns), areas, strict=True)
+        columns = (self.objects.image_ids, self.objects.labels, self.objects.boxes, self.objects.crowd, np.array(areas))
         # pycocotools takes annotation id 0 for "unmatched": number them anew from 1
         self._truth = self._indexed(
             [
@@ -130,26 +108,25 @@ class GroundTruth:
                     "iscrowd": int(crowd),
                     "area": area,
                 }
-                for number, (image_id, label, box, crowd, area) in enumerate(rows, start=1)
+                for number, (image_id, label, box, crowd, area) in enumerate(
+                    zip(*(column.tolist() for column in columns), strict=True), start=1
+                )
             ]
         )
 
-    def _federated(self, found: Instances, label: Mapping[int, int]) -> Objects:
+    def _federated(self, found: Instances) -> Objects:
         """The objects with what the file says of its images: which classes are judged, and, of classes whose objects
         are not all annotated, a crowd that holds the whole image. Crowds come last.
         """
         ids, objects = np.array(sorted(self._image_ids), np.int64), self.objects
-        judged, crowds = np.zeros((len(ids), len(label)), bool), list[tuple[int, int]]()
+        judged, unfinished = federated_classes(found, ids.tolist(), self.coco_ids, self.protocol)
         judged[np.searchsorted(ids, objects.image_ids), objects.labels] = True
-        for row, image_id in enumerate(ids.tolist()):
-            judged[row, [label[c] for c in found.known_absent(image_id, self.protocol) if c in label]] = True
-            crowds += [(image_id, label[c]) for c in found.unfinished.get(image_id, ()) if c in label]
-        added = np.array(crowds, np.int64).reshape(-1, 2)
+        rows, labels = np.nonzero(unfinished)
         return Objects(
-            np.concatenate([objects.image_ids, added[:, 0]]),
-            np.concatenate([objects.boxes, np.tile(ANYWHERE, (len(added), 1))]),
-            np.concatenate([objects.labels, added[:, 1]]),
-            np.concatenate([objects.crowd, np.ones(len(added), bool)]),
+            np.concatenate([objects.image_ids, ids[rows]]),
+            np.concatenate([objects.boxes, np.tile(ANYWHERE, (len(rows), 1))]),
+            np.concatenate([objects.labels, labels]),
+            np.concatenate([objects.crowd, np.ones(len(rows), bool)]),
             Judged(ids, judged),
         )
 
@@ -168,8 +145,7 @@ class GroundTruth:
                 "were they made for another split?"
             )
         if self.protocol.federated:
-            most = max(self.protocol.max_detections)
-            within = counted(found_of(detections, self.coco_ids), self.objects, most)
+            within = counted(found_of(detections, self.coco_ids), self.objects, max(self.protocol.max_detections))
             detections = [detections[row] for row in np.flatnonzero(within).tolist()]
         found = self._indexed(
             [
@@ -211,9 +187,8 @@ class GroundTruth:
             evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
             evaluation.evaluate()
             evaluation.accumulate()
-        # COCOeval sorts the classes by category id
-        place = {coco_id: k for k, coco_id in enumerate(evaluation.params.catIds)}
-        return np.asarray(evaluation.eval["precision"][:, :, [place[coco_id] for coco_id in coco_ids], 0, -1])
+        order = np.argsort(np.argsort(coco_ids))  # COCOeval sorts the classes by category id
+        return np.asarray(evaluation.eval["precision"][:, :, order, 0, -1])
 
     def _indexed(self, annotations: list[dict[str, Any]]) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does

@@ -43,8 +43,18 @@ from typing import Any
 import numpy as np
 
 from hdovd.data.protocol import Protocol, group_labels, group_mean, groups_of
-from hdovd.evaluation.curves import curves_of
-from hdovd.evaluation.matching import IOU, Found, Matching, Objects, Overlaps, Verdict, find_overlaps, match, ranking
+from hdovd.evaluation.matching import (
+    IOU,
+    Found,
+    Matching,
+    Objects,
+    Overlaps,
+    Verdict,
+    curves_of,
+    find_overlaps,
+    match,
+    ranking,
+)
 
 
 class Kind(StrEnum):
@@ -126,19 +136,18 @@ class ErrorBreakdown:
         {kind: x}}}}`; a class without objects has gains None.
         """
         names = [kind.value for kind in ERRORS]
-        classes = {
-            name: {
-                "counts": dict(zip(names, counts, strict=True)),
-                "gains": None if np.isnan(gains[0]) else dict(zip(names, gains, strict=True)),
-            }
-            for name, counts, gains in zip(
-                self.protocol.names, self.class_counts.tolist(), self.class_gains.tolist(), strict=True
-            )
-        }
         return {
             "groups": {group: asdict(part) for group, part in self.groups.items()},
             "misnamed": self.misnamed,
-            "classes": classes,
+            "classes": {
+                name: {
+                    "counts": dict(zip(names, counts, strict=True)),
+                    "gains": None if np.isnan(gains[0]) else dict(zip(names, gains, strict=True)),
+                }
+                for name, counts, gains in zip(
+                    self.protocol.names, self.class_counts.tolist(), self.class_gains.tolist(), strict=True
+                )
+            },
         }
 
 
@@ -199,12 +208,11 @@ def count_errors(
     wrong = np.bincount(found.labels[matching.verdict == Verdict.WRONG], minlength=classes)
     missed = np.bincount(objects.labels[errors.missed], minlength=classes)
 
-    def ap50(verdict: np.ndarray, left: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+    def ap50(verdict: np.ndarray, left: np.ndarray, labels: np.ndarray = found.labels) -> np.ndarray:
         """(K,) percent, of `left` (K,) objects to find: 0 for a class of which none is left, NaN for one that had none.
-        labels: of detections, if they are not their own.
+        labels: of detections, by default their own.
         """
-        order = matching.rank if labels is None else ranking(labels, found.scores, found.image_ids)
-        labels = found.labels if labels is None else labels
+        order = matching.rank if labels is found.labels else ranking(labels, found.scores, found.image_ids)
         precision, _ = curves_of(labels[order], found.scores[order], verdict[order], left)
         return np.where(held > 0, np.where(left > 0, precision.mean(axis=1) * 100, 0.0), np.nan)
 
@@ -218,7 +226,7 @@ def count_errors(
         menders = menders[of_kind[menders]]
         verdict[menders] = Verdict.RIGHT
         labels[menders] = objects.labels[errors.item[menders]]
-        return ap50(verdict, held, labels if len(menders) else None)
+        return ap50(verdict, held, labels)
 
     plain = ap50(matching.verdict, held)
     gains = np.stack([mended(kind) - plain for kind in ERRORS], axis=1)
@@ -234,19 +242,17 @@ def count_errors(
 
     def group(name: str) -> GroupErrors:
         part = group_labels(protocol, name)
-        means = [group_mean(column, protocol, name) for column in (plain, *gains.T, no_wrong, none_lost)]
-        by_kind = dict(zip(ERRORS, counts[part].sum(axis=0).tolist(), strict=True))
         there, got = int(held[part].sum()), int(hit[part].sum())
         return GroupErrors(
-            means[0],
+            group_mean(plain, protocol, name),
             there,
             got,
-            by_kind,
-            dict(zip(ERRORS, means[1:-2], strict=True)),
+            dict(zip(ERRORS, counts[part].sum(axis=0).tolist(), strict=True)),
+            {kind: group_mean(column, protocol, name) for kind, column in zip(ERRORS, gains.T, strict=True)},
             int(wrong[part].sum()),
             there - got,
-            means[-2],
-            means[-1],
+            group_mean(no_wrong, protocol, name),
+            group_mean(none_lost, protocol, name),
         )
 
     return ErrorBreakdown(

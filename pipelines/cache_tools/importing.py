@@ -105,7 +105,7 @@ def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[For
         split.annotations, split.folder
     )  # again, since the split holds neither the other images nor areas
     place = {image_id: number for number, image_id in enumerate(found.images)}
-    without_row = {number for row, number in enumerate(found.ids) if _left_out_by_mmdetection(found, row)}
+    without_row = {*found.ids[_left_out_by_mmdetection(found)].tolist()}
     proposals = load_arrays(proposals_pkl)
     if not isinstance(proposals, list) or len(proposals) != len(place):
         count = f"one of {len(proposals)}" if isinstance(proposals, list) else f"a {type(proposals).__name__}"
@@ -204,12 +204,12 @@ def _each(split: Split, read: Callable[[ImageBoxes], ForeignImage]) -> Iterator[
         yield found
 
 
-def _left_out_by_mmdetection(found: Instances, row: int) -> bool:
-    """Whether an annotation that `load_split` keeps gets no row all the same; what lies outside the image neither
-    keeps.
+def _left_out_by_mmdetection(found: Instances) -> np.ndarray:
+    """(A,) bool: whether an annotation that `load_split` keeps gets no row all the same; what lies outside the image
+    neither keeps.
     """
-    area = found.areas[row]
-    return row in found.ignored or area <= 0 or (area == area and min(found.boxes[4 * row + 2 : 4 * row + 4]) < 1)
+    small = ~np.isnan(found.areas) & (found.boxes[:, 2:] < 1).any(axis=1)
+    return np.asarray(found.ignored | (found.areas <= 0) | small)
 
 
 def _files(folder: Path, kind: str, split: Split) -> Path | None:

@@ -62,12 +62,18 @@ def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path)
     if low < fit.centre < high:
         pen.line((x(fit.centre), TOP, x(fit.centre), bottom), fill=CURVE, width=1)
     pen.rectangle((LEFT, TOP, WIDTH - RIGHT_MARGIN, bottom), outline="black")
-    formula = f"weight = {fit.scale:.3f} * sigmoid((cosine - {fit.centre:.4f}) / {fit.width:.4f})"
     words: list[tuple[float, float, str, tuple[int, int, int], str]] = [
         *((x(cosine), bottom + 6, f"{cosine:.3g}", BLACK, "ma") for cosine in ticks(low, high)),
         *((LEFT - 6, y(part / top), f"{100 * part:.3g}%", BLACK, "rm") for part in ticks(0, top)),
         *((WIDTH - RIGHT_MARGIN + 6, y(w / most), f"{w:.3g}", BLACK, "lm") for w in ticks(0, most)),
-        (LEFT, 10, f"{formula}, the black line, right axis; AUC {fit.auc:.3f}", BLACK, "la"),
+        (
+            LEFT,
+            10,
+            f"weight = {fit.scale:.3f} * sigmoid((cosine - {fit.centre:.4f}) / {fit.width:.4f}), the black line, right "
+            f"axis; AUC {fit.auc:.3f}",
+            BLACK,
+            "la",
+        ),
         (LEFT, 30, f"{len(right):,d} right labels, share of them in each bin", RIGHT, "la"),
         (LEFT + across // 2, 30, f"{len(wrong):,d} wrong labels", WRONG, "la"),
         (LEFT + across // 2, HEIGHT - 8, "cosine of the crop's and the label's embedding", BLACK, "ms"),
@@ -104,26 +110,30 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     fitted = found.fitted_to(cache)
     log(*expectation(cache, fitted))
     fit = Fit(*(fitted[name] for name in ("centre", "width", "scale", "auc")))
+    result = Calibration(
+        fit.centre,
+        fit.width,
+        fit.scale,
+        fitted_on={
+            "cache": cache.identity()["path"],
+            "features": config.features,
+            "protocol": protocol.name,
+            "classes": list(protocol.base),
+            "levels": {str(level): cache.key(level) for level in cache.levels()},
+            "way": origin_of(cache).way(),
+            "base_boxes": cache.key_inputs(Level.BOXES)["base_boxes"],
+        },
+        found={
+            "boxes": len(found.right),
+            "named_rightly": len(right),
+            "auc": fit.auc,
+            "right_mean": float(right.mean()),
+            "wrong_mean": float(wrong.mean()),
+            "weight_of_right": float(fit.weights(right).mean()),
+            "weight_of_wrong": float(fit.weights(wrong).mean()),
+        },
+    )
     picture = config.out.with_suffix(".png")
-    about = {
-        "boxes": len(found.right),
-        "named_rightly": len(right),
-        "auc": fit.auc,
-        "right_mean": float(right.mean()),
-        "wrong_mean": float(wrong.mean()),
-        "weight_of_right": float(fit.weights(right).mean()),
-        "weight_of_wrong": float(fit.weights(wrong).mean()),
-    }
-    fitted_on = {
-        "cache": cache.identity()["path"],
-        "features": config.features,
-        "protocol": protocol.name,
-        "classes": list(protocol.base),
-        "levels": {str(level): cache.key(level) for level in cache.levels()},
-        "way": origin_of(cache).way(),
-        "base_boxes": cache.key_inputs(Level.BOXES)["base_boxes"],
-    }
-    result = Calibration(fit.centre, fit.width, fit.scale, fitted_on, about)
     draw_calibration(right, wrong, fit, picture)
     write_text(config.out, result.to_toml())
     log(
@@ -152,8 +162,7 @@ def _evidence(cache: FeatureCache, split: Split, protocol: Protocol, config: Cal
             f"made from any more: run its extract-clip command again, and then this one"
         )
     synonyms = {} if made.synonyms is None else read_synonyms(made.synonyms, protocol.names)
-    names = [(name, *synonyms.get(name, ())) for name in protocol.base]
-    return label_evidence(cache, split, names, nouns.by_image)
+    return label_evidence(cache, split, [(name, *synonyms.get(name, ())) for name in protocol.base], nouns.by_image)
 
 
 def _require_prompts(cache: FeatureCache) -> None:

@@ -8,7 +8,7 @@ names are part of that, so a calibration holds for every set that was made in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,8 +59,8 @@ class LabelOrigin:
         texts = self.inputs[Level.NOUN if Level.NOUN in self.inputs else Level.CLASS]
         rule = self.inputs.get(Level.PSEUDO_LABEL, {})
         return {
-            "crops": _without(self.inputs[Level.INSTANCE]),
-            "texts": {k: v for k, v in _without(texts).items() if k != "content"},
+            "crops": _without(self.inputs[Level.INSTANCE], NOT_THE_WAY),
+            "texts": _without(texts, {*NOT_THE_WAY, "content"}),
             "labels": {name: rule[name] for name in ("top_k", "temperature", "choice") if name in rule},
         }
 
@@ -81,10 +81,10 @@ class LabelOrigin:
         ):
             return None
         name, tag = str(self.made_with.get("clip")), self.made_with.get("weights") or self.made_with.get("pretrained")
-        for clip, (model, hub) in CLIPS.items():
-            if name == hub or (name.removesuffix("-quickgelu") == model and tag == "openai"):
-                return clip, HAND_WRITTEN
-        return None
+        plain = name.removesuffix("-quickgelu") if tag == "openai" else ""
+        return next(
+            ((clip, HAND_WRITTEN) for clip, known in CLIPS.items() if plain == known[0] or name == known[1]), None
+        )
 
 
 def origin_of(cache: FeatureCache) -> LabelOrigin:
@@ -150,11 +150,7 @@ def read_calibration(file: Path) -> Calibration:
         tree = read_toml(file, "--calibration")
         centre, width, scale = numbers = [float(tree["pseudo_boxes"][f"reliability_{name}"]) for name in VALUES]
         fitted_on, found = tree["fitted_on"], dict(tree.get("found", {}))
-        if not (
-            isinstance(fitted_on["way"], dict)
-            and isinstance(fitted_on["cache"], str)
-            and isinstance(fitted_on["features"], str)
-        ):
+        if [type(fitted_on[key]) for key in ("way", "cache", "features")] != [dict, str, str]:
             raise TypeError("fitted_on")
         if not (all(abs(number) < float("inf") for number in numbers) and width > 0 and scale > 0):
             raise ValueError(f"centre, width and scale are {numbers}, expected finite numbers, width and scale above 0")
@@ -182,12 +178,12 @@ def with_reliability(
         found.require_fits(origin(), base, calibration)
         recipe = recipe.with_reliability(found.centre, found.width, found.scale)
         about = {"file": str(calibration.absolute()), "fitted_on": found.fitted_on, "found": found.found}
-        return recipe, recipe, _record(recipe, f"calibration {calibration}", about)
-    pseudo = recipe.pseudo_boxes
+        return recipe, recipe, _record(recipe, f"calibration {calibration}", **about)
+    given = [getattr(recipe.pseudo_boxes, f"reliability_{name}") for name in VALUES]
     if not recipe.loss.class_.enabled:
         return recipe, recipe, {}
-    if AUTO not in (pseudo.reliability_centre, pseudo.reliability_width, pseudo.reliability_scale):
-        return recipe, recipe, _record(recipe, "the recipe", {})
+    if AUTO not in given:
+        return recipe, recipe, _record(recipe, "the recipe")
     row, fitted = origin().known(), origin().fitted
     if row is None and not fitted:
         rows = ", ".join(f"{clip} with {prompts} prompts" for clip, prompts in KNOWN)
@@ -196,13 +192,8 @@ def with_reliability(
             f"none of them, nor has it a weight of its own. Fit the values to it: hdovd calibrate --cache "
             f"{origin().url} --out calibration.toml, then hdovd train --calibration calibration.toml"
         )
-    given = pseudo.reliability_centre, pseudo.reliability_width, pseudo.reliability_scale
-    used = recipe.with_reliability(
-        *(
-            auto if isinstance(own, str) else own
-            for own, auto in zip(given, KNOWN[row] if row else (fitted[name] for name in VALUES), strict=True)
-        )
-    )
+    automatic = KNOWN[row] if row else [fitted[name] for name in VALUES]
+    used = recipe.with_reliability(*(auto if own == AUTO else own for own, auto in zip(given, automatic, strict=True)))
     source = (
         f"auto: METHOD section 2, CLIP {row[0]}, {row[1]} prompts" if row else "auto: fitted to the set's base boxes"
     )
@@ -210,22 +201,18 @@ def with_reliability(
         f"reliability of pseudo labels: centre {used.pseudo_boxes.reliability_centre}, width "
         f"{used.pseudo_boxes.reliability_width}, scale {used.pseudo_boxes.reliability_scale} ({source})"
     )
-    return recipe, used, _record(used, source, {})
+    return recipe, used, _record(used, source)
 
 
-def _record(recipe: Recipe, source: str, about: dict[str, Any]) -> dict[str, Any]:
-    values = dict(zip(VALUES, recipe.pseudo_boxes.reliability, strict=True))
-    return {"reliability": {**values, "source": source, **about}}
+def _record(recipe: Recipe, source: str, **about: Any) -> dict[str, Any]:
+    values = zip(VALUES, recipe.pseudo_boxes.reliability, strict=True)
+    return {"reliability": {**dict(values), "source": source, **about}}
 
 
-def _without(inputs: KeyInputs) -> KeyInputs:
-    return {name: value for name, value in _set_values(inputs).items() if name not in NOT_THE_WAY}
-
-
-def _set_values(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without what is not set, which TOML has no word for."""
+def _without(tree: KeyInputs, left_out: Collection[str]) -> KeyInputs:
+    """Without these, and without what is not set, at any depth, which TOML has no word for."""
     return {
-        name: _set_values(value) if isinstance(value, dict) else value
+        name: _without(value, ()) if isinstance(value, dict) else value
         for name, value in tree.items()
-        if value is not None
+        if value is not None and name not in left_out
     }

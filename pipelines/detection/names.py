@@ -240,7 +240,7 @@ def _of_pictures(pictures: Mapping[str, Sequence[AnyPicture]]) -> Examples:
 def _of_annotations(file: Path, folder: Path) -> Examples:
     """Every box is an example of its category, but crowds; categories without any are left out."""
     found = read_instances(file, folder)
-    single = {number for number, crowd in zip(found.categories, found.crowd, strict=True) if not crowd}
+    single = set(found.categories[~found.crowd].tolist())
     names = tuple(name for number, name in found.names.items() if number in single)
     split = load_split(file, folder, Protocol("examples", names, (), min_image_side_px=1), base_only=True)
     log(*split.skips.lines())

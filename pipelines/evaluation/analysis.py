@@ -4,21 +4,32 @@ is run.
 From Python: `analyse(Path("run"), DataPaths(Path("COCO")))`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hdovd.core.errors import HdovdError
-from hdovd.core.text_files import JsonStream, cut, read_json, shown
-from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split, is_finite
+from hdovd.core.text_files import JsonStream, cut, read_json
+from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split, four_numbers, number
 from hdovd.data.protocol import Protocol, group_labels, groups_of, load_protocol
 from hdovd.evaluation.coco import GroundTruth, found_of
-from hdovd.evaluation.curves import Confusion, Curves, Reliability, confusion, precision_curves, score_reliability
-from hdovd.evaluation.matching import Found, Matching, Objects, Verdict, find_overlaps, match, paired_ious
+from hdovd.evaluation.matching import (
+    Confusion,
+    Curves,
+    Found,
+    Matching,
+    Objects,
+    Reliability,
+    Verdict,
+    confusion,
+    find_overlaps,
+    match,
+    precision_curves,
+    score_reliability,
+)
 from hdovd.evaluation.tide import ErrorBreakdown, Errors, Kind, classify, count_errors
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
@@ -29,57 +40,33 @@ def read_found(file: Path, split: Split) -> Found:
     """The detections of a run on the images of a split. Raises HdovdError for a file that is no such thing, naming the
     first fault.
     """
-    images, classes = {image.id for image in split.images}, set(split.coco_ids)
+    images = {image.id for image in split.images}
 
-    def rows() -> Iterator[Mapping[str, Any]]:
-        stream = JsonStream(file, "detections")
-        for number, (_, row) in enumerate(stream):
-            if None not in stream.lists:
-                break
-            if fault := _fault(row, images, classes, split):
+    def rows() -> Iterator[dict[str, Any]]:
+        for place, row in enumerate(JsonStream(file, "detections").items("list of detections: run hdovd eval again")):
+            try:
+                known = row["image_id"] in images and row["category_id"] in split.coco_ids
+                sound = known and 0 <= number(row["score"]) <= 1 and np.isfinite(four_numbers(row["bbox"])).all()
+            except (KeyError, TypeError):
+                sound = False
+            if not sound:
                 raise HdovdError(
-                    f"{file}: entry {number}: {fault}; give the data that the run was evaluated on, or run hdovd eval "
-                    f"again"
+                    f"{file}: entry {place} is {cut(str(row), 120)}: expected an image and a class that "
+                    f"{split.annotations} has by the protocol, a bbox of four numbers and a score in 0..1; give the "
+                    f"data that the run was evaluated on, or run hdovd eval again"
                 )
             yield row
-        if None not in stream.lists:
-            raise HdovdError(f"{file} is no list of detections: run hdovd eval again")
 
     return found_of(rows(), split.coco_ids)
-
-
-def _fault(row: Any, images: set[int], classes: set[int], split: Split) -> str:
-    if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
-        return "a detection has image_id, category_id, bbox and score"
-    if type(row["image_id"]) is not int or row["image_id"] not in images:
-        return f"it is for image {shown(row['image_id'])}, of which {split.annotations} holds no object of the protocol's classes"  # noqa: E501
-    if type(row["category_id"]) is not int or row["category_id"] not in classes:
-        return f"category {shown(row['category_id'])} is none of the protocol's"
-    box, score = row["bbox"], row["score"]
-    if not isinstance(box, list) or len(box) != 4 or not all(is_finite(v) for v in box):
-        return f"the box is not four numbers: {cut(str(box))}"
-    return "" if is_finite(score) and 0 <= score <= 1 else f"the score is not in 0..1: {shown(score)}"
 
 
 Box = tuple[float, float, float, float]
 
 
-class Fate(StrEnum):
-    """Of an object: FOUND; MISNAMED and MISPLACED: not found, but a detection of another name stands at its place, or
-    one of its name overlaps it too little; MISSED: none of these; CROWD: not counted.
-    """
-
-    FOUND = "found"
-    MISNAMED = "misnamed"
-    MISPLACED = "misplaced"
-    MISSED = "missed"
-    CROWD = "crowd"
-
-
 @dataclass(frozen=True, slots=True)
 class DetectionVerdict:
     """`truth`: the place among the image's truths of the object it found or, if it is an error, that the error is
-    about; None if there is none. `iou` with it, 0 without one.
+    about; None if there is none.
     """
 
     box: Box
@@ -87,19 +74,19 @@ class DetectionVerdict:
     score: float
     kind: Kind
     truth: int | None
-    iou: float
 
 
 @dataclass(frozen=True, slots=True)
 class TruthVerdict:
-    """`detection`: the place among the image's detections of the one that found it or, MISNAMED or MISPLACED, that
-    failed to; else None.
+    """`fate`: RIGHT: it was found; CLASSIFICATION or LOCALISATION: it was not, but a detection of another name stands
+    at its place, or one of its name overlaps it too little; MISSED: none of these; IGNORED: a crowd. `detection`: the
+    place among the image's detections of the one that found it or failed to; else None.
     """
 
     box: Box
     label: int
     annotation_id: int
-    fate: Fate
+    fate: Kind
     detection: int | None
 
 
@@ -110,82 +97,6 @@ class ImageVerdicts:
     image: ImageBoxes
     detections: list[DetectionVerdict]
     truths: list[TruthVerdict]
-
-    def to_tree(self) -> dict[str, Any]:
-        """The fields as JSON values; kinds and fates by name, boxes to a hundredth of a pixel, scores and IoU to five
-        digits.
-        """
-        return {
-            "image_id": self.image.id,
-            "file_name": self.image.file_name,
-            "width": self.image.width,
-            "height": self.image.height,
-            "detections": [
-                {
-                    "box": [round(v, 2) for v in d.box],
-                    "label": d.label,
-                    "score": round(d.score, 5),
-                    "kind": d.kind.value,
-                    "truth": d.truth,
-                    "iou": round(d.iou, 5),
-                }
-                for d in self.detections
-            ],
-            "truths": [
-                {
-                    "box": [round(v, 2) for v in t.box],
-                    "label": t.label,
-                    "annotation_id": t.annotation_id,
-                    "fate": t.fate.value,
-                    "detection": t.detection,
-                }
-                for t in self.truths
-            ],
-        }
-
-
-def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Matching, errors: Errors) -> ImageVerdicts:
-    """What became of an image's detections and objects; `objects` holds those of the image in its order."""
-    mine = np.flatnonzero(found.image_ids == image.id)
-    mine = mine[np.argsort(-found.scores[mine], kind="stable")]
-    truths = np.flatnonzero(objects.image_ids == image.id)[: len(image.annotation_ids)]  # not a whole image's crowds
-    about = errors.item[mine]
-    has = about >= 0
-    ious = np.zeros(len(mine))
-    ious[has] = paired_ious(found.boxes[mine[has]], objects.boxes[about[has]], objects.crowd[about[has]])
-    place = {item: k for k, item in enumerate(truths.tolist())}
-    detections = [
-        DetectionVerdict(box, label, score, Kind(kind), place.get(item), iou)
-        for box, label, score, kind, item, iou in zip(
-            _corners(found.boxes[mine]),
-            found.labels[mine].tolist(),
-            found.scores[mine].tolist(),
-            errors.kind[mine].tolist(),
-            about.tolist(),
-            ious.tolist(),
-            strict=True,
-        )
-    ]
-    shown = {detection: k for k, detection in enumerate(mine.tolist())}
-    finder, mender = matching.finder[truths], errors.mended_by[truths]  # of an object one of them at most
-    misnamed = np.isin(mender, mine[errors.kind[mine] == Kind.CLASSIFICATION])
-    tests = [finder >= 0, misnamed, mender >= 0, objects.crowd[truths]]
-    fates = np.select(tests, [Fate.FOUND, Fate.MISNAMED, Fate.MISPLACED, Fate.CROWD], Fate.MISSED)
-    return ImageVerdicts(
-        image,
-        detections,
-        [
-            TruthVerdict(box, label, number, Fate(fate), shown.get(by))
-            for box, label, number, fate, by in zip(
-                _corners(objects.boxes[truths]),
-                objects.labels[truths].tolist(),
-                image.annotation_ids.tolist(),
-                fates.tolist(),
-                np.maximum(finder, mender).tolist(),
-                strict=True,
-            )
-        ],
-    )
 
 
 def _corners(boxes: np.ndarray) -> list[Box]:
@@ -201,8 +112,7 @@ class RunAnalysis:
 
     `metrics`: metrics.json, as it stands. `weights`: which of the run's. `split`: the validation images with their
     boxes, and `split.path(image)` a picture. `reliability`: by group. `found`, `objects`,
-    `matching`, `detection_errors`: the flat arrays that the rest was counted from; `objects` image by image in the
-    split's order.
+    `matching`, `detection_errors`: the flat arrays that the rest was counted from; `objects` in the file's order.
     """
 
     run: Path
@@ -221,12 +131,45 @@ class RunAnalysis:
 
     def image(self, place: int) -> ImageVerdicts:
         """What became of the detections and objects of `split.images[place]`."""
-        return verdicts_on(self.split.images[place], self.found, self.objects, self.matching, self.detection_errors)
+        image, found, objects = self.split.images[place], self.found, self.objects
+        mine = np.flatnonzero(found.image_ids == image.id)
+        mine = mine[np.argsort(-found.scores[mine], kind="stable")]
+        # crowds that hold a whole image come after its objects
+        truths = np.flatnonzero(objects.image_ids == image.id)[: len(image.annotation_ids)]
+        place_of = {item: k for k, item in enumerate(truths.tolist())}
+        detections = [
+            DetectionVerdict(box, label, score, Kind(kind), place_of.get(item))
+            for box, label, score, kind, item in zip(
+                _corners(found.boxes[mine]),
+                found.labels[mine].tolist(),
+                found.scores[mine].tolist(),
+                self.detection_errors.kind[mine].tolist(),
+                self.detection_errors.item[mine].tolist(),
+                strict=True,
+            )
+        ]
+        shown = {detection: k for k, detection in enumerate(mine.tolist())}
+        kind_of = dict(zip(mine.tolist(), self.detection_errors.kind[mine].tolist(), strict=True))
+        alone = np.where(objects.crowd[truths], Kind.IGNORED, Kind.MISSED)
+        by = np.maximum(self.matching.finder, self.detection_errors.mended_by)[truths]  # one of them at most
+        return ImageVerdicts(
+            image,
+            detections,
+            [
+                TruthVerdict(box, label, number, Kind(kind_of.get(detection, other)), shown.get(detection))
+                for box, label, number, other, detection in zip(
+                    _corners(objects.boxes[truths]),
+                    objects.labels[truths].tolist(),
+                    image.annotation_ids.tolist(),
+                    alone.tolist(),
+                    by.tolist(),
+                    strict=True,
+                )
+            ],
+        )
 
-    def to_tree(self, images: Iterable[int] = ()) -> dict[str, Any]:
-        """JSON values: "run", "protocol", "weights", "metrics", "curves", "errors", "confusion", "reliability", and
-        "images": the verdicts on those at these places of the split (on all of COCO's they are some 70 MB).
-        """
+    def to_tree(self) -> dict[str, Any]:
+        """JSON values: "run", "protocol", "weights", "metrics", "curves", "errors", "confusion" and "reliability"."""
         return {
             "run": str(self.run),
             "protocol": self.protocol.to_dict(),
@@ -236,7 +179,6 @@ class RunAnalysis:
             "errors": self.errors.to_tree(),
             "confusion": self.confusion.to_tree(),
             "reliability": {group: part.to_tree() for group, part in self.reliability.items()},
-            "images": [self.image(place).to_tree() for place in images],
         }
 
 
@@ -263,24 +205,24 @@ def analyse(
     metrics = _metrics(folder)
     weights = Weights(metrics.get("weights", Weights.LAST))
     _check_weights(folder, weights, metrics)
-    ignored = (
-        read_run(run).settings.get("input.exif") == Exif.IGNORE
-    )  # whatever else its recipe says: of another version perhaps
-    split = data.load("val2017", counted, base_only=False, exif=Exif.IGNORE if ignored else Exif.APPLY)
+    exif = read_run(run).settings.get("input.exif", Exif.APPLY)  # whatever else its recipe says: it may be older
+    split = data.load("val2017", counted, base_only=False, exif=exif)
     if metrics.get("images") != len(split.images):
         raise HdovdError(
             f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} "
             f"of protocol {counted.name}: give the data that it was evaluated on, or run hdovd eval again"
         )
     found = read_found(run / "detections.json", split)
-    objects = _in_order(
-        GroundTruth(split.annotations, split.coco_ids, [image.id for image in split.images], counted).objects, split
-    )
+    objects = GroundTruth(split.annotations, split.coco_ids, [image.id for image in split.images], counted).objects
     overlaps = find_overlaps(found, objects)
     matching = match(found, objects, overlaps, max(counted.max_detections))
     curves = precision_curves(found, objects, matching, counted)
     _check_ap(folder, metrics, curves)
-    errors = classify(found, objects, overlaps, matching)
+    errors, right = classify(found, objects, overlaps, matching), matching.verdict == Verdict.RIGHT
+    parts = {
+        group: (matching.verdict != Verdict.IGNORED) & np.isin(found.labels, group_labels(counted, group))
+        for group in groups_of(counted)
+    }
     return RunAnalysis(
         run,
         counted,
@@ -290,7 +232,7 @@ def analyse(
         curves,
         count_errors(found, objects, matching, errors, counted),
         confusion(found, objects, overlaps, counted, confusion_score),
-        _reliability(found, matching, counted, bins),
+        {group: score_reliability(found.scores[part], right[part], bins) for group, part in parts.items()},
         found,
         objects,
         matching,
@@ -341,22 +283,3 @@ def _check_ap(run: RunFolder, metrics: dict[str, Any], curves: Curves) -> None:
                 "are not of one evaluation, or the annotations or the protocol are not those of it; run hdovd eval "
                 "again"
             )
-
-
-def _in_order(objects: Objects, split: Split) -> Objects:
-    """Image by image, as the split has them; those of an image stay in the file's order, which is the split's, before
-    crowds that hold the whole image.
-    """
-    place = {image.id: k for k, image in enumerate(split.images)}
-    order = np.argsort([place[i] for i in objects.image_ids.tolist()], kind="stable")
-    columns = {name: getattr(objects, name)[order] for name in ("image_ids", "boxes", "labels", "crowd")}
-    return replace(objects, **columns)
-
-
-def _reliability(found: Found, matching: Matching, protocol: Protocol, bins: int) -> dict[str, Reliability]:
-    counted = matching.verdict != Verdict.IGNORED
-    parts = {group: counted & np.isin(found.labels, group_labels(protocol, group)) for group in groups_of(protocol)}
-    return {
-        group: score_reliability(found.scores[part], matching.verdict[part] == Verdict.RIGHT, bins)
-        for group, part in parts.items()
-    }

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import load_protocol
-from hdovd.evaluation.engines import ENGINES, Engine
+from hdovd.evaluation import ENGINES, Engine
 from hdovd.pipelines.common.options import ClipNames, Data, InferenceOptions, Option
 from hdovd.pipelines.runs.config import ExampleOptions, RunOptions
 from hdovd.pipelines.runs.trackers import TrackOptions

@@ -21,8 +21,8 @@ from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
 from hdovd.data.coco import DataPaths, Exif, Split
 from hdovd.data.protocol import Protocol, group_of, load_protocol, shown_groups
+from hdovd.evaluation import Engine, require
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth, found_of
-from hdovd.evaluation.engines import Engine, require
 from hdovd.evaluation.tide import ERRORS, ErrorBreakdown, break_down
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.boxes import Detections, detect_batch
@@ -116,8 +116,6 @@ class Validation:
         detections, blind = self.detect(model, texts.to(self.device))
         combined = self.truth.average_precision(results(self.split, detections))
         split_blind = combined if blind is None else self.truth.average_precision(results(self.split, blind))
-        for ap in (combined, split_blind):
-            ap.check_weighted_mean()
         return Validated(detections, combined, split_blind)
 
     def detect(self, model: Detector, texts: Tensor) -> tuple[list[Detections], list[Detections] | None]:
@@ -128,8 +126,8 @@ class Validation:
             [self.device] if self.device.type == "cuda" else []
         )  # whose generators are kept: a DataLoader draws its seed
         is_novel = torch.arange(len(self.protocol.names), device=self.device) >= len(self.protocol.base)
-        pictures_of = Mapped([self.split.images[k] for k in self._order], partial(read_pixels, self.split))
-        batches = Batches(pictures_of, self.batch_size, self.workers, device=self.device)
+        ordered = Mapped([self.split.images[k] for k in self._order], partial(read_pixels, self.split))
+        batches = Batches(ordered, self.batch_size, self.workers, device=self.device)
         combined, blind = list[Detections](), list[Detections]()
         with _evaluating(model), torch.random.fork_rng(devices), inference_autocast(self.device, model.recipe):
             for pictures in progress(batches, "eval", "batch", len(batches)):
@@ -268,25 +266,27 @@ def draw_detections(
     for i in sorted(range(len(has_novel)), key=lambda i: not has_novel[i])[:count]:
         image, found = split.images[i], detections[i]
         picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
-        rows = zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
-        shown = [(box, label, f" {score:.2f}") for box, label, score in rows if score >= SHOWN_SCORE]
-        truth = [(box, label, "") for box, label in zip(image.boxes.tolist(), image.labels.tolist(), strict=True)]
-        left = draw_boxes(picture, [_labelled(*one, protocol) for one in shown], "detections")
+        shown = [
+            _labelled(box, label, f" {score:.2f}", protocol)
+            for box, label, score in zip(
+                found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
+            )
+            if score >= SHOWN_SCORE
+        ]
+        truth = [_labelled(*one, "", protocol) for one in zip(image.boxes.tolist(), image.labels.tolist(), strict=True)]
+        left, right = draw_boxes(picture, shown, "detections"), draw_boxes(picture, truth, "ground truth")
         sheet = Image.new("RGB", (left.width * 2 + 8, left.height), "white")
         sheet.paste(left, (0, 0))
-        sheet.paste(
-            draw_boxes(picture, [_labelled(*one, protocol) for one in truth], "ground truth"), (left.width + 8, 0)
-        )
+        sheet.paste(right, (left.width + 8, 0))
         files.append(folder / f"{image.id:012d}.png")
         write_picture(files[-1], sheet, "PNG")
     return files
 
 
-def _labelled(box: list[float], label: int, score: str, protocol: Protocol) -> Labelled:
-    x0, y0, x1, y1 = box
+def _labelled(box: tuple[float, float, float, float], label: int, score: str, protocol: Protocol) -> Labelled:
     novel = group_of(label, protocol) == "novel"
     text = f"{protocol.names[label]}{score}{' novel' if novel else ''}"
-    return Labelled((x0, y0, x1, y1), text, NOVEL_COLOUR if novel else BASE_COLOUR)
+    return Labelled(box, text, NOVEL_COLOUR if novel else BASE_COLOUR)
 
 
 def result_table(result: EvalResult) -> str:
@@ -312,20 +312,16 @@ def result_table(result: EvalResult) -> str:
     ]
     if absent := result.combined.without_ground_truth():
         lines.append(f"{len(absent)} classes without ground truth are left out of the means: {shorten(list(absent))}")
-    elif protocol.novel:
-        base, novel = len(protocol.base), len(protocol.novel)
-        lines.append(f"checked: all = ({base}*base + {novel}*novel)/{base + novel}")
     return "\n".join(lines)
 
 
 def class_table(result: EvalResult) -> str:
     """AP of every class."""
-    protocol, head = result.combined.protocol, f"{'class':24s}{'':8s}{'AP50':>8s}{'AP':>8s}"
     rows = (
-        f"{name:24s}{group_of(label, protocol):8s}{ap_text(ap['ap50']):>8s}{ap_text(ap['ap']):>8s}"
+        f"{name:24s}{group_of(label, result.combined.protocol):8s}{ap_text(ap['ap50']):>8s}{ap_text(ap['ap']):>8s}"
         for label, (name, ap) in enumerate(result.combined.per_class().items())
     )
-    return "\n".join([head, *rows])
+    return "\n".join([f"{'class':24s}{'':8s}{'AP50':>8s}{'AP':>8s}", *rows])
 
 
 def error_table(errors: ErrorBreakdown) -> str:

@@ -23,7 +23,7 @@ from hdovd.cache.identity import hash_tables
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
 from hdovd.core.text_files import JsonStream, cut, printable, read_json, shown
-from hdovd.data.coco import ImageBoxes, Skips, whole
+from hdovd.data.coco import ImageBoxes, Skips, number, whole
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.options import ListOrder, require_proposal_file
 from hdovd.pipelines.common.settings import pair_lines
@@ -189,20 +189,15 @@ def usable_proposals(table: ProposalTable, path: Path, images: list[ImageBoxes],
 
 def read_coco_results(path: Path) -> ProposalTable:
     """COCO results JSON, entry by entry. Raises HdovdError if it is not of that form."""
-    strange = (
-        f"{path} is no proposal file: expected COCO results JSON, a list of {{image_id, bbox: [x, y, w, h], score}}"
-    )
+    form = "proposal file: expected COCO results JSON, a list of {image_id, bbox: [x, y, w, h], score}"
     # Flat arrays: 4 million proposals take gigabytes as lists. Scores in double precision, as they sort.
     ids, boxes, scores = array("q"), array("f"), array("d")
-    stream = JsonStream(path, "proposals")
-    for _, entry in stream:
-        if None not in stream.lists or not isinstance(entry, dict) or not {"image_id", "bbox", "score"} <= entry.keys():
-            raise HdovdError(strange)
+    for entry in JsonStream(path, "proposals").items(form):
+        if not isinstance(entry, dict) or not {"image_id", "bbox", "score"} <= entry.keys():
+            raise HdovdError(f"{path} is no {form}")
         ids.append(whole(entry["image_id"], f"{path}: entry {len(ids)}: image_id"))
         boxes.extend(_xyxy(entry["bbox"]))
-        scores.append(_number(entry["score"]))
-    if None not in stream.lists:
-        raise HdovdError(strange)
+        scores.append(number(entry["score"]))
     return ProposalTable(
         np.frombuffer(ids, np.int64),
         np.frombuffer(boxes, np.float32).reshape(-1, 4),
@@ -211,17 +206,10 @@ def read_coco_results(path: Path) -> ProposalTable:
     )
 
 
-def _number(value: Any) -> float:
-    try:
-        return float(value) if type(value) in (int, float) else float("nan")
-    except OverflowError:  # a whole number past the largest float
-        return float("inf")
-
-
 def _xyxy(xywh: Any) -> tuple[float, float, float, float]:
     if not isinstance(xywh, list) or len(xywh) != 4:
         return (float("nan"),) * 4
-    x, y, w, h = map(_number, xywh)
+    x, y, w, h = map(number, xywh)
     return x, y, x + w, y + h
 
 

@@ -16,7 +16,7 @@ from hdovd.cache.schema import Source
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol, group_of, shown_groups
-from hdovd.evaluation.curves import RECALLS
+from hdovd.evaluation.matching import RECALLS
 from hdovd.evaluation.tide import ERRORS, Kind
 from hdovd.pipelines.ablation.grid import BLIND, SEED, Row, column_texts, scores_of
 from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view, marked, names_and_cosines
@@ -24,7 +24,7 @@ from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.common.pages import Axis, Line, line_chart, matrix_chart, small_picture_data
 from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names
-from hdovd.pipelines.evaluation.analysis import Fate, ImageVerdicts
+from hdovd.pipelines.evaluation.analysis import ImageVerdicts
 from hdovd.pipelines.extraction.source import cache_of
 from hdovd.pipelines.report.runs import OneRun, Relations, novel_first
 from hdovd.pipelines.runs.listing import ORACLE, Run, table_groups
@@ -346,7 +346,7 @@ def validation_cards(runs: Sequence[OneRun], count: int, threshold: float) -> li
 def _validation_card(runs: Sequence[OneRun], place: int, threshold: float) -> dict[str, Any]:
     analysis = runs[0].analysis
     protocol, verdicts = analysis.protocol, [run.analysis.image(place) for run in runs]
-    truths = [truth for truth in verdicts[0].truths if truth.fate is not Fate.CROWD]
+    truths = [truth for truth in verdicts[0].truths if truth.fate is not Kind.IGNORED]
     panels = [_panel(run, of_image, protocol, threshold) for run, of_image in zip(runs, verdicts, strict=True)]
     labels = [d.label for of_image in verdicts for d in of_image.detections if d.score >= threshold]
     events = {
@@ -368,7 +368,7 @@ def _panel(run: OneRun, verdicts: ImageVerdicts, protocol: Protocol, threshold: 
     """One run's view of an image. A truth counts as found by a detection of `threshold` or more."""
     counted = [d for d in verdicts.detections if d.score >= threshold]
     found = {d.truth for d in counted if d.kind is Kind.RIGHT}
-    objects = {k: t for k, t in enumerate(verdicts.truths) if t.fate is not Fate.CROWD}
+    objects = {k: t for k, t in enumerate(verdicts.truths) if t.fate is not Kind.IGNORED}
     novel = {k for k, t in objects.items() if group_of(t.label, protocol) == "novel"}
     boxes = [
         _box(t.box, "", group_of(t.label, protocol) + " missed", title=f"missed{why}: {protocol.names[t.label]}")

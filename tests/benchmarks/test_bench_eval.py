@@ -15,8 +15,8 @@ from bench_eval import EvalBench, bench_eval, largest_difference, make_eval_worl
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.evaluation import Engine
 from hdovd.evaluation.coco import AveragePrecision
-from hdovd.evaluation.engines import Engine
 
 OV_COCO = load_protocol("ov-coco")
 

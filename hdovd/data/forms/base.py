@@ -18,10 +18,10 @@ FORMS = Registry(
         COCO: "hdovd.data.forms.base:COCO_FILES",
         "lvis": "hdovd.data.forms.base:LVIS_FILES",
         "objects365": "hdovd.data.forms.base:OBJECTS365_FILES",
-        "voc": "hdovd.data.forms.voc:VOC",
-        "yolo": "hdovd.data.forms.yolo:YOLO",
-        "label-studio": "hdovd.data.forms.labelling_tools:LABEL_STUDIO",
-        "cvat": "hdovd.data.forms.labelling_tools:CVAT",
+        "voc": "hdovd.data.forms.converted:VOC",
+        "yolo": "hdovd.data.forms.converted:YOLO",
+        "label-studio": "hdovd.data.forms.converted:LABEL_STUDIO",
+        "cvat": "hdovd.data.forms.converted:CVAT",
     },
 )
 
@@ -52,12 +52,10 @@ def find_form(name: str, root: Path) -> Form:
         if isinstance(form := FORMS.find(name), Form):
             return form
         raise HdovdError(f"--form {name}: expected a Form of hdovd.data.forms.base, found {form!r}")
-    forms, fitting = dict[str, Form](), list[str]()
-    for name in FORMS:  # COCO is the first: the others need Pillow and more
-        forms[name] = find_form(name, root)
-        fitting += [name] if any(any(root.glob(one)) for one in forms[name].looks_for) else []
-        if fitting == [COCO]:
-            return forms[COCO]
+    if any(any(root.glob(one)) for one in COCO_FILES.looks_for):  # the first: the others need Pillow and more
+        return COCO_FILES
+    forms = {known: find_form(known, root) for known in FORMS}
+    fitting = [known for known, form in forms.items() if any(any(root.glob(one)) for one in form.looks_for)]
     if len(fitting) == 1:
         return forms[fitting[0]]
     if fitting:
@@ -77,8 +75,7 @@ def _file(root: Path, name: str, folders: tuple[str, ...] = ("annotations", ""))
 
 def _lvis_images(root: Path, split: str) -> Path:
     """The root, or what is missing of the folders that pictures lie in: those of LVIS's val are of both."""
-    needed = (root / name for name in SPLITS if name in ("train2017", split))
-    return next((folder for folder in needed if not folder.is_dir()), root)
+    return next((root / name for name in ("train2017", split) if not (root / name).is_dir()), root)
 
 
 def _patches(root: Path, split: str) -> Path:

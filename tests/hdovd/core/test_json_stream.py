@@ -200,7 +200,7 @@ def test_a_list_that_stands_twice(tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(HdovdError, match=r"things: no file .*f\.json"):
+    with pytest.raises(HdovdError, match=r"cannot read .*f\.json: No such file"):
         list(JsonStream(tmp_path / "f.json", "things"))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.registry import Registry
-from hdovd.evaluation.engines import ENGINES, classes
+from hdovd.evaluation import ENGINES, classes
 
 KNOWN = Registry("--part", {"square": "math:isqrt", "root": "math:sqrt"})
 

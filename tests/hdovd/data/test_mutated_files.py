@@ -10,10 +10,9 @@ import pytest
 from mutations import mutated
 
 from hdovd.core.errors import HdovdError
-from hdovd.data.coco import load_split
+from hdovd.data.coco import load_split, read_instances
 from hdovd.data.protocol import Protocol, parse_protocol
 from hdovd.evaluation.coco import GroundTruth
-from hdovd.pipelines.audit.inputs import read_truth
 from hdovd.pipelines.nouns.allowed import read_captions, read_noun_file
 from hdovd.pipelines.proposal_files.file import read_table
 
@@ -99,8 +98,8 @@ def test_instances(tmp_path: Path, base_only: bool) -> None:
         small = {i for i, size in ((i["id"], (i["width"], i["height"])) for i in tree["images"]) if min(size) < 32}
         assert expected.keys() - found.keys() <= (small if base_only else set()), seed
         GroundTruth(file, split.coco_ids, [i.id for i in split.images], PROTOCOL)
-        truth = read_truth(file, tmp_path)
-        assert truth.id.tolist() == [int(a["id"]) for a in tree["annotations"]]
+        truth = read_instances(file, tmp_path)
+        assert truth.ids.tolist() == [int(a["id"]) for a in tree["annotations"]]
     assert min(read, len(refused)) > 50
     assert max(map(len, refused)) < 700
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.data.protocol import load_protocol, parse_protocol, shipped_protocols
+from hdovd.core.text_files import shipped
+from hdovd.data.protocol import load_protocol, parse_protocol
 
 BASE = (
     "person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep, bear, zebra, giraffe, backpack, "
@@ -20,7 +21,7 @@ NOVEL = "airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skate
 
 def test_ov_coco_is_the_published_split() -> None:
     protocol = load_protocol("ov-coco")
-    assert "ov-coco" in shipped_protocols()
+    assert "ov-coco" in shipped("protocols")
     assert protocol.name == "ov-coco"
     assert protocol.base == tuple(BASE.split(", "))
     assert protocol.novel == tuple(NOVEL.split(", "))
@@ -31,7 +32,7 @@ def test_ov_coco_is_the_published_split() -> None:
 
 
 def test_every_shipped_protocol_loads() -> None:
-    for name in shipped_protocols():
+    for name in shipped("protocols"):
         assert load_protocol(name).name == name
 
 
@@ -54,15 +55,15 @@ def test_a_file_and_its_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('name = "x"\nnovel = ["a"]', "missing keys.*base"),
-        ('base = ["a"]\nnovel = []', "missing keys.*name"),
-        ('name = "x"\nbase = ["a"]\nnovel = []\nnovell = ["b"]', "unknown keys.*novell"),
+        ('name = "x"\nnovel = ["a"]', "base: Field required"),
+        ('base = ["a"]\nnovel = []', "name: Field required"),
+        ('name = "x"\nbase = ["a"]\nnovel = []\nnovell = ["b"]', "novell is a list: Unexpected"),
         ('name = "x"\nbase = ["a", "b", "a"]\nnovel = []', "twice.*a"),
         ('name = "x"\nbase = ["a", "b"]\nnovel = ["b"]', "twice.*b"),
-        ('name = "x"\nbase = []\nnovel = ["a"]', "base holds no class"),
-        ('name = "x"\nbase = "person"\nnovel = ["a"]', "base must be a list.*person"),
-        ('name = "x"\nbase = ["a", 3]\nnovel = []', "base must be a list"),
-        ('name = "x"\nbase = ["a"]\nnovel = [""]', "novel must be a list"),
+        ('name = "x"\nbase = []\nnovel = ["a"]', "base is a list: .*at least 1"),
+        ('name = "x"\nbase = "person"\nnovel = ["a"]', "base is the text 'person'"),
+        ('name = "x"\nbase = ["a", 3]\nnovel = []', "base.1 is 3"),
+        ('name = "x"\nbase = ["a"]\nnovel = [""]', "name in it is the text ''"),
         ('name = "x"\nbase = ["a"]\nnovel = []\nmax_detections = []', "max_detections"),
         ('name = "x"\nbase = ["a"]\nnovel = []\nmax_detections = [0]', "max_detections"),
         ('name = "x"\nbase = ["a"]\nnovel = []\nmax_detections = 100', "max_detections"),

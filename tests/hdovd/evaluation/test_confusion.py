@@ -9,8 +9,7 @@ import matching_scenes as scenes
 import numpy as np
 from matching_scenes import ANT, BUS, CAT, DOG, PROTOCOL
 
-from hdovd.evaluation.curves import Confusion, confusion
-from hdovd.evaluation.matching import Found, Objects, find_overlaps
+from hdovd.evaluation.matching import Confusion, Found, Objects, confusion, find_overlaps
 
 BACKGROUND = MISSED = 5
 WHOLE = (0.0, 0.0, 10.0, 10.0)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from matching_scenes import ANT, CAT, DOG, PROTOCOL, ZEBRA
 
-from hdovd.evaluation.curves import Curves, precision_curves
-from hdovd.evaluation.matching import find_overlaps, match
+from hdovd.evaluation.matching import Curves, find_overlaps, match, precision_curves
 
 
 @pytest.fixture

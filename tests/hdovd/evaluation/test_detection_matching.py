@@ -8,8 +8,7 @@ import pytest
 from matching_scenes import ANT, CAT, DOG, PROTOCOL
 
 from hdovd.evaluation import matching as detection_matching
-from hdovd.evaluation.curves import precision_curves
-from hdovd.evaluation.matching import Found, Matching, Objects, Verdict, find_overlaps, match
+from hdovd.evaluation.matching import Found, Matching, Objects, Verdict, find_overlaps, match, precision_curves
 
 
 def matched(found: Found, objects: Objects, most: int = 1000) -> Matching:

@@ -14,10 +14,9 @@ import pytest
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import Protocol, parse_protocol
+from hdovd.evaluation import Engine
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth, found_of
-from hdovd.evaluation.curves import confusion, precision_curves
-from hdovd.evaluation.engines import Engine
-from hdovd.evaluation.matching import Verdict, find_overlaps, match
+from hdovd.evaluation.matching import Verdict, confusion, find_overlaps, match, precision_curves
 from hdovd.evaluation.tide import break_down
 
 NAMES = ("zebra", "cat", "bus", "tram", "dog", "ant")
@@ -188,17 +187,17 @@ def test_lists_of_categories_are_checked(tmp_path: Path, ids: Any) -> None:
     [
         ({"r": ["dog", "cow"]}, "groups: r holds .*cow.*neither base nor novel"),
         ({"novel": ["dog"]}, "every protocol has a group 'novel' already"),
-        ({"r": []}, "groups: r must be a list"),
+        ({"r": []}, "groups.r is a list: .*at least 1"),
         ({"r": ["dog", "dog"]}, "groups: r names a class twice"),
-        (["dog"], "groups must be a table"),
+        (["dog"], "groups is a list: "),
     ],
 )
 def test_groups_of_a_protocol_are_checked(groups: Any, words: str) -> None:
     with pytest.raises(HdovdError, match=words):
         parse_protocol({"name": "mine", "base": ["cat"], "novel": ["dog"], "groups": groups})
-    with pytest.raises(HdovdError, match="metric is the text 'AP', expected ap50 or ap"):
+    with pytest.raises(HdovdError, match=r"metric is the text 'AP': .*ap50.* or 'ap'"):
         parse_protocol({"name": "mine", "base": ["cat"], "novel": ["dog"], "metric": "AP"})
-    with pytest.raises(HdovdError, match=r"metric is .*, expected ap50 or ap"):
+    with pytest.raises(HdovdError, match="metric is a list: "):
         parse_protocol({"name": "mine", "base": ["cat"], "novel": ["dog"], "metric": ["ap"]})
 
 

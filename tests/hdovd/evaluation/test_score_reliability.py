@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from hdovd.evaluation.curves import score_reliability
+from hdovd.evaluation.matching import score_reliability
 
 
 def test_bins_by_hand() -> None:

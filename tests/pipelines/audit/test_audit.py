@@ -19,11 +19,10 @@ from hdovd.cache.schema import Level
 from hdovd.cli.main import main
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
-from hdovd.data.coco import DataPaths, Skips
+from hdovd.data.coco import DataPaths, Skips, read_instances
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.checks import Verdict, class_of_noun
-from hdovd.pipelines.audit.inputs import read_truth
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -263,12 +262,14 @@ def _planted(world: Path, proposals: Path, share: float, move: float = 0.0) -> d
     """The proposals, a share of those near novel objects exchanged for the annotations themselves, `move` px off."""
     split = DataPaths(world).load("train2017", load_protocol(str(world / "protocol.toml")), base_only=True)
     found = usable_proposals(read_table(proposals), proposals, split.images, Skips())
-    truth, rng = read_truth(world / "annotations" / "instances_train2017.json"), np.random.default_rng(0)
+    truth, rng = read_instances(world / "annotations" / "instances_train2017.json"), np.random.default_rng(0)
     novel = np.flatnonzero(~truth.of_classes(BASE))
     for image_id, own in found.items():
-        for row in novel[truth.of_image[novel] == image_id]:
+        for row in novel[truth.image_ids[novel] == image_id]:
             if rng.uniform() < share:
-                own.boxes[np.abs(own.boxes - truth.box[row]).sum(1).argmin()] = truth.box[row] + np.float32(move)
+                own.boxes[np.abs(own.boxes - truth.corners[row]).sum(1).argmin()] = truth.corners[row] + np.float32(
+                    move
+                )
     return found
 
 
@@ -380,16 +381,16 @@ def test_pseudo_boxes_on_novel_objects_by_a_plain_count(world: Path, cache: Path
 
     from hdovd.cache.reader import FeatureCache
 
-    reader, truth = FeatureCache(cache), read_truth(world / "annotations" / "instances_train2017.json")
+    reader, truth = FeatureCache(cache), read_instances(world / "annotations" / "instances_train2017.json")
     novel, boxes, covered, right = ~truth.of_classes(BASE), 0, 0, 0
     nouns = [*reader.names(Level.NOUN), ""]
     for image_id in reader._rows_by_image(Level.BOXES):
-        own, rows = reader.instances(image_id).proposals(), np.flatnonzero(novel & (truth.of_image == image_id))
+        own, rows = reader.instances(image_id).proposals(), np.flatnonzero(novel & (truth.image_ids == image_id))
         if len(rows) and len(own.box):
-            overlap = box_iou(torch.from_numpy(own.box), torch.from_numpy(truth.box[rows]))
+            overlap = box_iou(torch.from_numpy(own.box), torch.from_numpy(truth.corners[rows]))
             boxes, covered = boxes + int((overlap.amax(1) >= 0.5).sum()), covered + int((overlap.amax(0) >= 0.5).sum())
             right += sum(
-                nouns[own.noun[k]] == truth.class_name(rows[best])
+                nouns[own.noun[k]] == truth.names[int(truth.categories[rows[best]])]
                 for k, best in enumerate(overlap.argmax(1))
                 if overlap[k, best] >= 0.5
             )
@@ -427,10 +428,10 @@ def test_forms_of_names(noun: str, name: str | None) -> None:
     [
         ({}, " is no COCO instances file"),
         ({"images": [], "annotations": [{"id": 1}], "categories": []}, ": annotation 1 lacks one of"),
-        ({"images": [{"id": 1}], "annotations": [], "categories": []}, ": image 1 lacks one of"),
+        ({"images": [{"id": 1}], "annotations": [], "categories": []}, ": image 1: file_name is null, expected a name"),
     ],
 )
 def test_a_file_that_is_no_instances_file(tmp_path: Path, tree: dict[str, Any], message: str) -> None:
     (tmp_path / "a.json").write_text(json.dumps(tree))
     with pytest.raises(HdovdError, match=rf"a\.json{message}"):
-        read_truth(tmp_path / "a.json")
+        read_instances(tmp_path / "a.json")

@@ -16,8 +16,8 @@ from torch import Tensor
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.targets import Targets
+from hdovd.evaluation import Engine
 from hdovd.evaluation.coco import AveragePrecision
-from hdovd.evaluation.engines import Engine
 from hdovd.modeling.boxes import detect
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.pipelines.common.images import read_pixels

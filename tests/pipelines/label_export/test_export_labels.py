@@ -73,8 +73,9 @@ def exported(source: Path, out: Path, form: str, **options: Any) -> tuple[Path, 
 def rows_of(file: Path) -> Rows:
     found = read_instances(file)
     rows: Rows = {}
-    boxes = np.array(found.boxes).reshape(-1, 4).tolist()
-    for image_id, category, box in zip(found.image_ids, found.categories, boxes, strict=True):
+    for image_id, category, box in zip(
+        found.image_ids.tolist(), found.categories.tolist(), found.boxes.tolist(), strict=True
+    ):
         rows.setdefault(found.images[image_id][0], []).append((found.names[category], *box))
     return {name: sorted(own) for name, own in rows.items()}
 
@@ -324,7 +325,7 @@ def test_the_command(data: Path, tmp_path: Path, untouched: Callable[[Path], Any
         ({"category_id": 1}, r"entry 1 is not of a picture and category that are known.*KeyError\(1\)"),
         ({"score": None}, r"entry 1 .*lacks .*score \(TypeError"),
         ({"name": 3}, r"entry 1 is 3, expected a name"),
-        ({"name": "a\x1bb"}, r"entry 1 is the text .* which holds a character that cannot be printed"),
+        ({"name": "a\x1bb"}, r"entry 1 is the text .* cannot be printed"),
     ],
     ids=["image", "category", "score", "name", "control"],
 )
