@@ -4,7 +4,7 @@ takes."""
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -18,27 +18,26 @@ Field = tuple[
 ]  # name, parameters, value of all that was given
 
 
-def command(body: Callable[..., None]) -> Callable[..., None]:
-    """The Typer command of a function of one config. Its docstring is the help; the config is checked before it is
-    called.
+def command(body: Callable[[Any], object]) -> Callable[..., None]:
+    """The Typer command of a function of one config, whose class its annotation says. Its docstring is the help."""
+    return of_config(get_type_hints(body)["config"], body)
 
-    A field is an option if it is annotated with `Option`, several with `Group`, and none with neither. A second
-    parameter of the function, `context`, is Typer's own.
+
+def of_config(config: type, body: Callable[[Any], object]) -> Callable[..., None]:
+    """The Typer command that makes a config of its options, checks it and calls `body` with it.
+
+    A field is an option if it is annotated with `Option`, several with `Group`, and none with neither.
     """
-    hints = get_type_hints(body)
-    config, context = hints["config"], hints.get("context")
     fields = list(_fields(config))
 
-    @wraps(body)
+    @wraps(body, assigned=("__name__", "__doc__"))
     def run(**given: Any) -> None:
         made = config(**{name: build(given) for name, _, build in fields})
         if hasattr(made, "check"):
             made.check()  # before torch: a mistake shows at once
-        body(made, **({} if context is None else {"context": given["context"]}))
+        body(made)
 
     parameters = [parameter for _, own, _ in fields for parameter in own]
-    if context is not None:
-        parameters.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=context))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
@@ -48,14 +47,11 @@ def _fields(config: type) -> Iterator[Field]:
     """Name, parameters and value of every field that options make."""
     hints = get_type_hints(config, localns={"Recipe": Any}, include_extras=True)
     for field in dataclasses.fields(config):
-        kind, *notes = (
-            get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (hints[field.name],)
-        )
-        for note in notes:
+        for note in getattr(hints[field.name], "__metadata__", ()):  # of Annotated
             if isinstance(note, Group):
                 yield field.name, [_parameter(name, *given) for name, given in note.options.items()], note.build
             elif isinstance(note, Option):
-                yield _field(field, kind, note)
+                yield _field(field, get_args(hints[field.name])[0], note)
 
 
 def _field(field: dataclasses.Field[Any], kind: Any, option: Option) -> Field:
@@ -85,14 +81,8 @@ def _field(field: dataclasses.Field[Any], kind: Any, option: Option) -> Field:
 
 
 def _parameter(name: str, kind: Any, default: Any, option: Option) -> inspect.Parameter:
-    limits: dict[str, Any] = {
-        key: getattr(option, key) for key in ("min", "max", "metavar") if getattr(option, key) is not None
-    }
     flag = f"--{name.rstrip('_').replace('_', '-')}"
     flags = option.flags or ((f" /--no-{flag[2:]}",) if default is True else (flag,))
-    about = (
-        typer.Argument(help=option.help, readable=False, **limits)
-        if option.argument
-        else typer.Option(*flags, help=option.help, readable=False, **limits)
-    )
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])
+    about: dict[str, Any] = {"min": option.min, "max": option.max, "metavar": option.metavar, "readable": False}
+    note = (typer.Argument if option.argument else partial(typer.Option, *flags))(help=option.help, **about)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, note])

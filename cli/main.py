@@ -1,16 +1,18 @@
-"""The command `hdovd`: one file a command, imported when it is asked for; errors on one screen."""
+"""The command `hdovd`: commands imported when they are asked for; errors on one screen."""
 
 import os
 import select
 import sys
-from importlib import import_module
+from inspect import cleandoc
+from pkgutil import resolve_name
 from types import FrameType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from hdovd.cli.commands import COMMANDS
 from hdovd.core import __version__
 from hdovd.core.errors import HdovdError, Stopped, system_line
 from hdovd.core.log import is_printed, lines_to
@@ -39,68 +41,24 @@ def new_app(cls: type[TyperGroup] = Group, **settings: Any) -> typer.Typer:
 
 
 class _Commands(Group):
-    """The commands, that stand in files of their names. `table`: the first paragraph of each one's help, by name.
-    `folders`: of those that do not stand in `hdovd.cli` itself, by command.
-    """
-
-    folders: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("cache", "runs", "proposals", "bench"), "groups"),
-        **dict.fromkeys(("export", "export-labels", "import-checkpoint", "push"), "exchange"),
-    }
-    table: ClassVar[dict[str, str]] = {  # the first paragraph of each command's help; the rest stands in its file
-        "demo": "Run the main job on a small drawn world: propose, extract-clip, train (base-only and distilled), "
-        "eval, report.",
-        "propose": "Train a class-agnostic proposal network on base boxes, and write proposals for the training "
-        "images.",
-        "nouns": "Find the nouns in each image's captions: what its pseudo boxes may be named.",
-        "extract-clip": "Run the frozen CLIP once and fill the cache: class names, nouns, images, base boxes and "
-        "proposals.",
-        "calibrate": "Say and draw how far pseudo labels are trusted, and what to expect of them, before training.",
-        "relabel": "The next round: a trained detector proposes and names the pseudo boxes of a new set of the cache.",
-        "train": "Train a detector from the cache; CLIP is not needed. --set overrides any value of the recipe.",
-        "adapt": "Train a run on pictures of new classes, so that it still finds those that it knew; a table says what "
-        "became of them.",
-        "eval": "Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.",
-        "transfer": "Evaluate a run on data sets that it was not trained on, by their class names: a table of AP.",
-        "search": "Find the boxes of a cache that are most like words, pictures or other boxes; or near-duplicates and "
-        "doubtful labels.",
-        "detect": "Find anything that has a name in any pictures and videos.",
-        "serve": "Find and search in a browser: a page for pictures, names, examples and the boxes of a cache.",
-        "export": "Write the detector to one file for other programs: picture and class embeddings in, detections out.",
-        "export-labels": "Write detections, pseudo boxes or doubtful labels for FiftyOne, Label Studio, CVAT, YOLO or "
-        "COCO tools.",
-        "import-checkpoint": "Make a run folder of the authors' published weights, for eval, detect, export and "
-        "report.",
-        "ablate": "Train and evaluate every cell of a grid with several seeds over one cache; write table.md, "
-        "table.csv and table.tex.",
-        "report": "Write one HTML page about a run, or several side by side: it needs no network and no other file.",
-        "audit": "Check that nothing learned from novel annotations or from test pictures; exit with 1 on a leak.",
-        "push": "Put a run or a cache on the Hugging Face Hub, with a card that tells what it is.",
-        "cache": "Look into a feature cache, check it, mend it, tidy it.",
-        "runs": "List runs as a table, or tell what differs between two.",
-        "proposals": "Convert proposal files and look into them.",
-        "bench": "Measure on this machine, on made-up data, what an extraction will cost.",
-    }
+    """The commands of `COMMANDS`, each imported when it is asked for."""
 
     def __init__(self, **settings: Any) -> None:
         # What is listed, and what a mistyped name is compared with.
-        super().__init__(**settings | {"commands": dict(self.table)})
-
-    def line_of(self, name: str) -> str:
-        return self.table[name]
+        super().__init__(**settings | {"commands": dict(COMMANDS)})
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import the command and put the words of the table before its own help."""
-        if cmd_name not in self.table:
+        if (known := COMMANDS.get(cmd_name)) is None:
             return None
-        word = cmd_name.replace("-", "_")
-        module = import_module(".".join(["hdovd.cli", *self.folders.get(cmd_name, "").split(), word]))
-        app = getattr(module, "app", None)
-        if app is None:  # a single command
+        if known.config:
+            from hdovd.cli.command import of_config
+
             app = new_app()
-            app.command(cmd_name)(getattr(module, word))
+            app.command(cmd_name)(of_config(resolve_name(known.config), lambda made: resolve_name(known.run)(made)))
+        else:
+            app = resolve_name(known.run)
         command: Any = get_command(app)
-        command.help = f"{self.table[cmd_name]}\n\n{command.help or ''}"
+        command.help = "\n\n".join(filter(None, (cleandoc(known.help), command.help)))
         return command
 
 
@@ -116,6 +74,13 @@ app = new_app(
     cache, and say what to expect), train (the detector, without CLIP), eval (OV-COCO AP). Then detect finds anything that has a name, in any pictures and videos.
     """,  # noqa: E501
 )
+
+
+def run_command(arguments: list[str]) -> None:
+    """Run one command line, without the word hdovd."""
+    command = get_command(app)
+    with command.make_context("hdovd", arguments) as context:
+        command.invoke(context)
 
 
 def _version(wanted: bool) -> None:
@@ -164,9 +129,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     try:
         if warning := limit_threads():
             typer.echo(warning, err=True)
-        command = get_command(app)
-        with command.make_context("hdovd", arguments) as context:
-            command.invoke(context)
+        run_command(arguments)
     except typer.Exit as end:
         return end.exit_code
     except Stopped as stopped:

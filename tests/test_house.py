@@ -56,8 +56,6 @@ ORDER = [
         "pipelines.report",
         "pipelines.demo",
         "cli",
-        "cli.groups",
-        "cli.exchange",
     )
 ] + ["hdovd"]
 

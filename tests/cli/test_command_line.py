@@ -8,12 +8,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from shlex import quote
 from typing import Any
 
 import pytest
 from command_runs import Ran
 
+from hdovd.cli.commands import COMMANDS
 from hdovd.cli.main import main
 from hdovd.core.log import log
 from hdovd.pipelines.demo import run as demo_stages
@@ -72,6 +74,10 @@ def test_stages_of_the_demo_are_commands_of_the_same_program(
     assert found.code == 1
     assert found.out.splitlines() == [f"into {tmp_path / 'demo'}", "no runs here: hdovd train --out RUN makes one"]
     assert "no feature cache at" in found.err
+
+
+def test_every_command_names_what_it_calls() -> None:
+    assert all(callable(resolve_name(command.run)) for command in COMMANDS.values())
 
 
 # --- errors ---
