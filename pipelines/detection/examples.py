@@ -31,8 +31,7 @@ from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector
 from hdovd.modeling.export.detectors import ExportableDetector, traceable
 from hdovd.pipelines.common.device import inference_autocast
-from hdovd.pipelines.common.images import AnyPicture, decode
-from hdovd.pipelines.common.picture_files import find_pictures
+from hdovd.pipelines.common.images import AnyPicture, decode, find_pictures
 from hdovd.pipelines.embedding.embedders import NO_FILE, Picture, Pictures, embedders_of, read_picture
 from hdovd.pipelines.extraction.source import extraction_of
 from hdovd.pipelines.teachers.base import Teacher
