@@ -6,7 +6,7 @@ The colour of a run is its place among the runs. A card is a picture as data, it
 and boxes in the same pixels.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from hdovd.pipelines.common.pages import Axis, Line, line_chart, matrix_chart, s
 from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names
 from hdovd.pipelines.evaluation.analysis import Fate, ImageVerdicts
 from hdovd.pipelines.extraction.source import cache_of
-from hdovd.pipelines.report.runs import OneRun, Relations, novel_first
+from hdovd.pipelines.report.runs import OneRun, Relations
 from hdovd.pipelines.runs.listing import ORACLE, Run, table_groups
 from hdovd.pipelines.runs.trackers import PLAIN
 
@@ -63,10 +63,8 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
     if len(runs) < 2:
         return None
     settings = [_that_count(run) | {"weights": of_run} for run, of_run in zip(runs, weights, strict=True)]
-    keys = [
-        key for key in different_keys(settings) if key != SEED and len({repr(s[key]) for s in settings if key in s}) > 1
-    ]
-    keys.sort(key=lambda key: not key.endswith(SWITCH))
+    varying = (key for key in different_keys(settings) if len({repr(s[key]) for s in settings if key in s}) > 1)
+    keys = sorted((key for key in varying if key != SEED), key=lambda key: not key.endswith(SWITCH))
     groups: dict[str, tuple[Settings, list[Run]]] = {}
     for run, values in zip(runs, settings, strict=True):
         groups.setdefault(repr([values.get(key) for key in keys]), (values, []))[1].append(run)
@@ -75,7 +73,6 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
         for values, members in groups.values()
     ]
     metrics = (*table_groups(runs), BLIND)
-    means = {metric: [row.mean(metric) for row in rows] for metric in metrics}
     columns = [column_texts([row.values[k] for row in rows]) for k in range(len(keys))]
     return {
         "columns": list(short_names(keys, {key for run in runs for key in run.settings}).values()),
@@ -85,7 +82,7 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
             {
                 "texts": [column[i] for column in columns],
                 "row": row,
-                "best": {metric: is_best(means[metric], i) for metric in metrics},
+                "best": {metric: is_best([other.mean(metric) for other in rows], i) for metric in metrics},
             }
             for i, row in enumerate(rows)
         ],
@@ -115,25 +112,27 @@ def is_best(values: Sequence[float | None], place: int) -> bool:
 
 def class_rows(runs: Sequence[OneRun], in_gallery: Collection[str]) -> list[dict[str, Any]]:
     """Novel classes first."""
-    protocol, objects = runs[0].analysis.protocol, runs[0].analysis.objects
+    protocol, per_class = runs[0].analysis.protocol, [run.analysis.metrics["per_class"] for run in runs]
+    return [
+        {
+            "name": name,
+            "group": group_of(label, protocol),
+            "objects": count,
+            "ap50": [values[name]["ap50"] for values in per_class],
+            "ap": [values[name]["ap"] for values in per_class],
+            "in_gallery": name in in_gallery,
+        }
+        for label, count in object_counts(runs[0]).items()
+        for name in [protocol.names[label]]
+    ]
+
+
+def object_counts(run: OneRun) -> dict[int, int]:
+    """Of each class, by its label, novel ones first."""
+    protocol, objects = run.analysis.protocol, run.analysis.objects
     counts = np.bincount(objects.labels[~objects.crowd], minlength=len(protocol.names)).tolist()
-    rows = []
-    for label in novel_first(protocol):
-        name = protocol.names[label]
-        values = [run.analysis.metrics["per_class"][name] for run in runs]
-        ap50 = [value["ap50"] for value in values]
-        rows.append(
-            {
-                "name": name,
-                "group": group_of(label, protocol),
-                "objects": counts[label],
-                "ap50": ap50,
-                "ap": [value["ap"] for value in values],
-                "in_gallery": name in in_gallery,
-                "best": {k for k in range(len(runs)) if is_best(ap50, k)},
-            }
-        )
-    return rows
+    novel_first = sorted(range(len(counts)), key=lambda label: group_of(label, protocol) == "base")
+    return {label: counts[label] for label in novel_first}
 
 
 def parts(runs: Sequence[OneRun]) -> list[str]:
@@ -145,16 +144,13 @@ def charted(run: OneRun) -> list[int]:
     """The labels that charts by class show, novel ones first: all, or of many classes the MOST_CHARTED with the most
     objects, half of them novel where there are as many.
     """
-    protocol, objects = run.analysis.protocol, run.analysis.objects
-    held = np.bincount(objects.labels[~objects.crowd], minlength=len(protocol.names))
-    order = novel_first(protocol)
+    counts, novel_count = object_counts(run), len(run.analysis.protocol.novel)
     novel, base = (
-        sorted(some, key=lambda label: -held[label])
-        for some in (order[: len(protocol.novel)], order[len(protocol.novel) :])
+        sorted(part, key=lambda label: -counts[label]) for part in ([*counts][:novel_count], [*counts][novel_count:])
     )
     few = max(MOST_CHARTED // 2, MOST_CHARTED - len(base))
     shown = {*novel[:few], *base[: MOST_CHARTED - len(novel[:few])]}
-    return [label for label in order if label in shown]
+    return [label for label in counts if label in shown]
 
 
 def most_gained(runs: Sequence[OneRun]) -> float:
@@ -243,21 +239,15 @@ def class_curves(runs: Sequence[OneRun]) -> list[tuple[str, str, Markup]]:
 def reliability(runs: Sequence[OneRun]) -> Iterator[tuple[str, Markup, str]]:
     """Share of right detections by score, of each group apart."""
     for group in parts(runs):
-        lines = [Line("right as often as it says", [0.0, 1.0], [0.0, 1.0], None, dashed=True)]
-        errors = []
+        lines, errors = [Line("right as often as it says", [0.0, 1.0], [0.0, 1.0], None, dashed=True)], []
         for place, run in enumerate(runs):
             found = run.analysis.reliability[group]
-            full = found.counts > 0
-            scores, right = found.mean_scores[full].tolist(), found.precisions[full].tolist()
+            scores, right = (values[found.counts > 0].tolist() for values in (found.mean_scores, found.precisions))
             lines.append(Line(run.name, scores, right, place, dots=True))
             error = "no detections" if found.calibration_error is None else f"{found.calibration_error:.3f}"
             errors.append(f"{run.name} {error}" if len(runs) > 1 else error)
-        chart = line_chart(
-            f"share of right detections by score, {group} classes",
-            lines,
-            Axis("score", 0.0, 1.0),
-            Axis("right", 0.0, 1.0),
-        )
+        title = f"share of right detections by score, {group} classes"
+        chart = line_chart(title, lines, Axis("score", 0.0, 1.0), Axis("right", 0.0, 1.0))
         yield f"{group} classes", chart, "ECE " + "; ".join(errors)
 
 
@@ -298,21 +288,18 @@ def confusion_chart(run: OneRun) -> Markup:
     )
 
 
-def relation_figures(name: str, found: Relations, *, with_teacher: bool) -> Iterator[dict[str, Any]]:
-    """The student's matrix, and before it the teacher's if it is not there yet."""
+def relation_figures(name: str, found: Relations) -> Iterator[dict[str, Any]]:
+    """The teacher's matrix, and the student's."""
     names = [text + (" (p)" if pseudo else "") for text, pseudo in zip(found.names, found.pseudo.tolist(), strict=True)]
     batch = f"{len(names)} boxes of {len(found.image_ids)} training images"
     alike = "" if found.correlation is None else f"correlation with the teacher's {found.correlation:.2f}; "
     loss = f"{alike}relation loss of this batch {found.loss:.3g}, without its weight"
     sides = [("CLIP, the teacher", found.teacher, batch), (f"{name}, the student", found.student, loss)]
-    for side, values, note in sides[not with_teacher :]:
+    for side, values, note in sides:
         others = values[~np.eye(len(values), dtype=bool)]
         low, high = (float(others.min()), float(others.max())) if others.size else (0.0, 1.0)
-        yield {
-            "name": side,
-            "note": f"{note}; cosines {low:.2f} to {high:.2f}",
-            "chart": matrix_chart(f"cosines between boxes: {side}", values, names, names, low=low, high=high),
-        }
+        chart = matrix_chart(f"cosines between boxes: {side}", values, names, names, low=low, high=high)
+        yield {"name": side, "note": f"{note}; cosines {low:.2f} to {high:.2f}", "chart": chart}
 
 
 # --- pictures ---
@@ -394,37 +381,39 @@ def _panel(run: OneRun, verdicts: ImageVerdicts, protocol: Protocol, threshold: 
     }
 
 
+def of_each(
+    runs: Sequence[OneRun], make: Callable[[OneRun], Iterable[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What can be made of the runs, and why of the others it cannot."""
+    made, reasons = list[dict[str, Any]](), list[str]()
+    for run in runs:
+        try:
+            made += make(run)
+        except HdovdError as error:
+            reasons.append(f"{run.name}: {error}")
+    return made, reasons
+
+
 def pseudo_boxes(
     runs: Sequence[OneRun], training: TrainingImages, count: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Cards of the training images, for each features and weights that a run was trained with; and why there are none
     of a run.
     """
-    parts, reasons = dict[tuple[Any, ...], dict[str, Any]](), list[str]()
-    if not count:
-        return [], ["Pseudo boxes were left out."]
-    for run in runs:
+    parts = dict[tuple[Any, ...], dict[str, Any]]()
+
+    def make(run: OneRun) -> Iterator[dict[str, Any]]:
         weight = Reliability.recorded(run.folder.record())
-        key = (run.run.cache_id, weight)
         if not uses_pseudo_boxes(run.run):
-            reasons.append(f"{run.name} was trained without pseudo boxes.")
-        elif key in parts:
-            parts[key]["names"].append(run.name)
-        else:
-            try:
-                cards = _pseudo_cards(run, training, count, weight, f"train{len(parts)}")
-                parts[key] = {"names": [run.name], "weight": weight, "cards": cards}
-            except HdovdError as error:
-                reasons.append(f"{run.name}: {error}")
-    mosts = {str(most) for run in runs if (most := run.run.settings.get("pseudo_boxes.max_per_image"))}
-    for part in parts.values():
-        part["note"] = (
-            f"What {', '.join(part['names'])} learned from besides base boxes (blue): proposals (green), each with the "
-            f"noun that CLIP finds most like its crop; * marks a novel class. The images are spread evenly over the "
-            f"training images that have proposals; at most {' or '.join(sorted(mosts))} proposals of an image are used "
-            f"in a step."
-        ) + (f" Weight of a label: {formula(part['weight'])}." if part["weight"] else "")
-    return list(parts.values()), reasons
+            raise HdovdError("it was trained without pseudo boxes")
+        if (same := parts.get((run.run.cache_id, weight))) is not None:
+            same["names"].append(run.name)
+            return
+        cards = _pseudo_cards(run, training, count, weight, f"train{len(parts)}")
+        parts[run.run.cache_id, weight] = {"names": [run.name], "weight": weight, "cards": cards}
+        yield parts[run.run.cache_id, weight]
+
+    return of_each(runs, make)
 
 
 def _pseudo_cards(
@@ -448,29 +437,24 @@ def _pseudo_cards(
 
 def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
     base = [_box(row.box, row.name, "base") for row in view.rows if row.source is Source.BASE_BOX]
-    boxes, rows = list[dict[str, Any]](), list[dict[str, Any]]()
-    for number, row in enumerate((row for row in view.rows if row.source is not Source.BASE_BOX), start=1):
-        nouns = " + ".join(
-            marked(noun.name, protocol.novel) + (f" ({noun.share:.2f})" if len(row.nouns) > 1 else "")
-            for noun in row.nouns
-        )
-        boxes.append(
-            _box(
-                row.box,
-                f"{number} {marked(row.name, protocol.novel)}",
-                "pseudo",
-                title=f"{number}: {nouns or 'no noun'}",
+    proposals = [row for row in view.rows if row.source is not Source.BASE_BOX]
+    rows = [
+        {
+            "noun": " + ".join(
+                marked(noun.name, protocol.novel) + (f" ({noun.share:.2f})" if len(row.nouns) > 1 else "")
+                for noun in row.nouns
             )
-        )
-        rows.append(
-            {
-                "number": number,
-                "noun": nouns or "no noun",
-                "cosine": row.cosine,
-                "weight": row.weight,
-                "nearest": names_and_cosines(row.nearest, protocol.novel),
-            }
-        )
+            or "no noun",
+            "cosine": row.cosine,
+            "weight": row.weight,
+            "nearest": names_and_cosines(row.nearest, protocol.novel),
+        }
+        for row in proposals
+    ]
+    boxes = [
+        _box(row.box, f"{number} {marked(row.name, protocol.novel)}", "pseudo", title=f"{number}: {told['noun']}")
+        for number, (row, told) in enumerate(zip(proposals, rows, strict=True), 1)
+    ]
     return {"boxes": base + boxes, "rows": rows}
 
 

@@ -5,13 +5,12 @@ The parts are made by `figures`; the page is `pages/report.html`, with its own s
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hdovd.core.errors import HdovdError
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import METRICS, shown_groups
@@ -74,10 +73,17 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         with quiet():
             return data.load("train2017", first.protocol, base_only=True, exif=first.split.exif)
 
+    def relation_figures(run: OneRun) -> Iterator[dict[str, Any]]:
+        found = relations(
+            run.folder, training(), job.relation_images, device=job.device, weights=run.analysis.weights.file
+        )
+        log(f"{run.name}: relations of {len(found.names)} boxes")
+        return figures.relation_figures(run.name, found)
+
     cards = figures.validation_cards(runs, job.gallery, job.threshold)
     shown = [box["score"] for card in cards for panel in card["panels"] for box in panel["boxes"]]
-    pseudo, pseudo_none = figures.pseudo_boxes(runs, training, job.pseudo)
-    matrices, matrices_none = _relations(runs, job, training)
+    pseudo, pseudo_none = figures.pseudo_boxes(runs if job.pseudo else (), training, job.pseudo)
+    matrices, matrices_none = figures.of_each(runs if job.relation_images else (), relation_figures)
     return {
         "title": runs[0].name
         if len(runs) == 1
@@ -110,28 +116,10 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         "gallery_events": list(dict.fromkeys(event for card in cards for event in card["events"])),
         "lowest_score": min((score for score in shown if score is not None), default=0.0),
         "pseudo": pseudo,
-        "pseudo_none": pseudo_none,
-        "relations": matrices,
-        "relations_none": matrices_none,
+        "pseudo_none": pseudo_none if job.pseudo else ["Pseudo boxes were left out."],
+        "pseudo_most": sorted({str(run.run.settings.get("pseudo_boxes.max_per_image")) for run in runs} - {"None"}),
+        "formula": figures.formula,
+        "relations": matrices[:1] + matrices[1::2],  # the teacher once
+        "relations_none": matrices_none if job.relation_images else ["The matrices were left out."],
         "footer": " ".join(["hdovd report", *map(str, paths)]),
     }
-
-
-def _relations(
-    runs: Sequence[OneRun], job: ReportConfig, training: figures.TrainingImages
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The figures, and of each run without one why."""
-    made, reasons = list[dict[str, Any]](), list[str]()
-    if not job.relation_images:
-        return made, ["The matrices were left out."]
-    for run in runs:
-        try:
-            found = relations(
-                run.folder, training(), job.relation_images, device=job.device, weights=run.analysis.weights.file
-            )
-        except HdovdError as error:
-            reasons.append(f"{run.name}: {error}")
-        else:
-            made += figures.relation_figures(run.name, found, with_teacher=not made)
-            log(f"{run.name}: relations of {len(found.names)} boxes")
-    return made, reasons

@@ -17,7 +17,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import quiet
 from hdovd.core.text_files import read_json
 from hdovd.data.coco import DataPaths, Split
-from hdovd.data.protocol import Protocol, group_of
+from hdovd.data.protocol import Protocol
 from hdovd.modeling.losses.instance import relation_loss
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse
@@ -104,11 +104,6 @@ def data_of(runs: Sequence[RunFolder], given: DataPaths, *, needed: bool = True)
         "where are the pictures? Give --data ROOT, or --images and --annotations; the runs do not tell: "
         + "; ".join(reasons)
     )
-
-
-def novel_first(protocol: Protocol) -> list[int]:
-    """Labels of the classes in the order that the whole report has."""
-    return sorted(range(len(protocol.names)), key=lambda label: group_of(label, protocol) == "base")
 
 
 def _require_same(first: OneRun, other: OneRun) -> None:
