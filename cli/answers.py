@@ -24,20 +24,13 @@ from hdovd.pipelines.transfer.config import TransferConfig
 
 
 def demo(config: DemoConfig) -> None:
-    from hdovd.pipelines.demo.run import demo as run, demo_table
+    from hdovd.pipelines.demo.run import demo as run
 
     def call(words: list[str]) -> None:
         with suppress(typer.Exit):
             run_command(words)
 
-    result = run(config, call)
-    lines = [
-        f"\n{demo_table(result)}",
-        "pictures (detections with novel classes in orange; what the cache knows):",
-        *(f"  {picture}" for picture in result.pictures),
-        f"report, one page about all runs: {result.report}",
-    ]
-    typer.echo("\n".join(lines))
+    run(config, call)
 
 
 def propose(config: ProposeConfig) -> None:

@@ -234,7 +234,9 @@ COMMANDS = {
         "hdovd.pipelines.hub.config:PushConfig",
     ),
     "cache": Command("Look into a feature cache, check it, mend it, tidy it.", "hdovd.cli.cache:app"),
-    "runs": Command("List runs as a table, or tell what differs between two.", "hdovd.cli.runs:app"),
-    "proposals": Command("Convert proposal files and look into them.", "hdovd.cli.proposals:app"),
-    "bench": Command("Measure on this machine, on made-up data, what an extraction will cost.", "hdovd.cli.bench:app"),
+    "runs": Command("List runs as a table, or tell what differs between two.", "hdovd.cli.groups:runs_app"),
+    "proposals": Command("Convert proposal files and look into them.", "hdovd.cli.groups:proposals_app"),
+    "bench": Command(
+        "Measure on this machine, on made-up data, what an extraction will cost.", "hdovd.cli.groups:bench_app"
+    ),
 }

@@ -83,12 +83,13 @@ class StopSignal:
     """`with StopSignal() as stop:` ... `stop.signals` are the signals that came, and `stop.received` is the last, or
     0."""
 
-    def __init__(self, *numbers: int, interrupts: bool = False) -> None:
-        """`numbers`: the signals to hear; by default SIGTERM, SIGUSR1 and SIGINT. `interrupts`: a second Ctrl-C stops
-        at once, and signals that this process was started to ignore (nohup, background jobs of scripts) are heard too.
+    def __init__(self, *, interrupts: bool = False) -> None:
+        """`interrupts`: a second Ctrl-C stops at once, a terminal that closes too, and signals that this process was
+        started to ignore (background jobs of scripts) are heard.
         """
         self.signals: list[int] = []
-        self._numbers, self._interrupts = numbers or (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), interrupts
+        self._numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *(() if interrupts else (signal.SIGHUP,)))
+        self._interrupts = interrupts
         self._before: dict[int, signal._HANDLER] = {}
 
     @property
@@ -132,13 +133,6 @@ class Job:
     name: str
     commands: tuple[tuple[str, ...], ...]
     log: Path
-
-
-def stop_signals() -> StopSignal:
-    """Collects the signals that ask this process to end; after the second, children are killed."""
-    return StopSignal(
-        signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
-    )  # the last: SLURM's warning of the time limit
 
 
 def run_jobs(

@@ -16,16 +16,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from hdovd.core import user_cache_folder
-from hdovd.core.errors import HdovdError, Stopped
+from hdovd.core.errors import HdovdError, Stopped, counted
 from hdovd.core.log import log
 from hdovd.data.protocol import GROUPS
 from hdovd.pipelines.common.atomic_write import write_picture
-from hdovd.pipelines.common.process import Job, exit_code, log_end, run_jobs, stop_signals, usable_cores
+from hdovd.pipelines.common.process import Job, StopSignal, exit_code, log_end, run_jobs, usable_cores
 from hdovd.pipelines.demo.config import MARKER, DemoConfig
 from hdovd.pipelines.demo.teacher import demo_teacher
 from hdovd.pipelines.demo.world import NOVEL, make_world
@@ -50,8 +49,8 @@ def telling_pictures(world: Path, novel: tuple[str, ...]) -> list[Path]:
 
 def image_with_most_proposals(proposals: Path) -> int:
     """Of equals the first in the file."""
-    [(image_id, _)] = Counter(entry["image_id"] for entry in json.loads(proposals.read_text())).most_common(1)
-    return int(image_id)
+    counts = Counter(int(entry["image_id"]) for entry in json.loads(proposals.read_text()))
+    return counts.most_common(1)[0][0]
 
 
 def small_pictures(detections: list[Path], view: Path, out: Path) -> list[Path]:
@@ -75,46 +74,41 @@ def _side_by_side(files: list[Path]) -> Image.Image:
     return sheet
 
 
-DISTILLED = "distilled"
+DISTILLED, BASE_ONLY = "distilled", "base-only"
 PROPOSALS, BACKBONE = "proposals.json", "backbone.safetensors"
-VARIANTS = {"base-only": ["--preset", "base-only"], DISTILLED: []}
 
 
-@dataclass(slots=True)
-class DemoResult:
-    """What `hdovd eval` wrote of each run, by variant, a tree a seed; seconds by stage; pictures; the report's page."""
-
-    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {variant: [] for variant in VARIANTS})
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    pictures: list[Path] = field(default_factory=list)
-    report: Path | None = None
-    total_s: float = 0.0
-
-
-def demo(config: DemoConfig, command: Callable[[list[str]], None]) -> DemoResult:
-    """Run the demo; `command` runs one hdovd command line (without the word hdovd) in this process."""
-    root = config.out
+def demo(config: DemoConfig, command: Callable[[list[str]], None]) -> None:
+    """Run the demo and say what came of it; `command` runs one hdovd command line (without the word hdovd) in this
+    process.
+    """
+    root, began = config.out, time.monotonic()
     config.check()
     if root.exists() and any(root.iterdir()):
         log(f"starting {root} anew")
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)
     (root / MARKER).touch()
-    began, stages = time.monotonic(), _Stages(config, command, DemoResult())
-    _cache(stages, _world_teacher_and_proposals(stages))
-    _train_and_evaluate(stages)
-    _look(stages)
-    stages.result.total_s = time.monotonic() - began
-    return stages.result
+    stages = _Stages(config, command)
+    clip = _world_teacher_and_proposals(stages)
+    _cache(stages, clip)
+    runs = _train_and_evaluate(stages)
+    pictures = _look(stages, runs)
+    log(
+        f"\n{demo_table(runs, stages.seconds, time.monotonic() - began)}",
+        "pictures (detections with novel classes in orange; what the cache knows):",
+        *(f"  {picture}" for picture in pictures),
+        f"report, one page about all runs: {root / 'report' / 'index.html'}",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Stages:
-    """Runs command lines and says them."""
+    """Runs command lines and says them. `seconds`: of each stage."""
 
     config: DemoConfig
     command: Callable[[list[str]], None]
-    result: DemoResult
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
     def data(self) -> tuple[object, ...]:
@@ -125,7 +119,7 @@ class _Stages:
         words, since = [str(a) for a in arguments], time.monotonic()
         log(f"\n$ hdovd {shlex.join(words)}")
         self.command(words)
-        self.result.seconds[stage] += time.monotonic() - since
+        self.seconds[stage] += time.monotonic() - since
 
     def job(self, stage: str, *command_lines: Sequence[object]) -> Job:
         """Command lines of hdovd for a process of their own, one after the other."""
@@ -138,23 +132,18 @@ class _Stages:
 
         Raises HdovdError for a job that fails, with the end of its log, and Stopped if a signal came.
         """
-        log(
-            *(
-                "\n$ " + (f"hdovd {shlex.join(words[3:])}" if words[1] == "-m" else shlex.join(words))
-                for job in jobs
-                for words in job.commands
-            )
-        )
+        lines = [words for job in jobs for words in job.commands]
+        log(*(f"\n$ hdovd {shlex.join(w[3:])}" if w[1] == "-m" else f"\n$ {shlex.join(w)}" for w in lines))
         count = min(len(jobs), usable_cores())
         log(f"\n{count} at a time; what they print is in " + " ".join(shlex.quote(str(job.log)) for job in jobs))
 
         def on_end(job: Job, _: tuple[str, ...], code: int, seconds: float) -> None:
             if code:
                 raise HdovdError(f"{job.name} failed with exit code {code}; {log_end(job.log)}")
-            self.result.seconds[job.name] += seconds
+            self.seconds[job.name] += seconds
             log(f"{job.name}: {seconds:.0f} s")
 
-        with stop_signals() as stop:
+        with StopSignal() as stop:
             run_jobs(jobs, [{"OMP_NUM_THREADS": str(usable_cores() // count)}] * count, on_end, stop)
         if stop.signals:
             raise Stopped("stopped; the same command starts the demo anew", exit_code(stop.signals[0]))
@@ -164,7 +153,7 @@ def _world_teacher_and_proposals(stages: _Stages) -> str:
     """The name of the demo's CLIP."""
     config, root, since = stages.config, stages.config.out, time.monotonic()
     make_world(root / "world", train_images=config.train_images, val_images=config.val_images, seed=config.world_seed)
-    stages.result.seconds["world"] = time.monotonic() - since
+    stages.seconds["world"] = time.monotonic() - since
     log(f"drew {config.train_images} training and {config.val_images} validation pictures: {root / 'world'}")
     teachers = config.teacher_folder or user_cache_folder() / "teachers"
     make = (
@@ -176,12 +165,8 @@ def _world_teacher_and_proposals(stages: _Stages) -> str:
         str(teachers),
     )
     outs = ["--out", root / PROPOSALS, "--backbone-out", root / BACKBONE]
-    stages.side_by_side(
-        [
-            Job("teacher", (make,), root / "logs" / "teacher.log"),
-            stages.job("propose", ["propose", *stages.data, "--recipe", "demo", *outs]),
-        ]
-    )
+    propose = stages.job("propose", ["propose", *stages.data, "--recipe", "demo", *outs])
+    stages.side_by_side([Job("teacher", (make,), root / "logs" / "teacher.log"), propose])
     return demo_teacher(teachers)
 
 
@@ -194,55 +179,48 @@ def _cache(stages: _Stages, clip: str) -> None:
     stages.run("extract-clip", "extract-clip", *stages.data, "--cache", root / "cache", *made)
 
 
-def _folders(config: DemoConfig, order: Sequence[str]) -> dict[Path, tuple[str, int]]:
-    """The runs, with variant and seed."""
-    return {
-        config.out / "runs" / f"{variant}-seed{seed}": (variant, seed)
-        for seed in range(config.seeds)
-        for variant in order
-    }
-
-
-def _train_and_evaluate(stages: _Stages) -> None:
-    root, jobs, folders = stages.config.out, list[Job](), _folders(stages.config, list(VARIANTS))
-    for out, (variant, seed) in folders.items():
+def _train_and_evaluate(stages: _Stages) -> dict[str, list[Path]]:
+    """The runs of each variant, a seed each."""
+    root, jobs, seeds = stages.config.out, list[Job](), range(stages.config.seeds)
+    runs = {name: [root / "runs" / f"{name}-seed{seed}" for seed in seeds] for name in (BASE_ONLY, DISTILLED)}
+    for seed in seeds:
         settings = (f"train.seed={seed}", f"detector.backbone.weights={root / BACKBONE}", *stages.config.settings)
         sets = [word for setting in settings for word in ("--set", setting)]
-        words = ["--cache", root / "cache", "--recipe", "demo", *VARIANTS[variant], *sets]
-        train = ["train", *stages.data, *words, "--val-every", 0, "--out", out]
-        jobs.append(stages.job(out.name, train, ["eval", out, "--data", root / "world"]))
+        for variant, preset in ((BASE_ONLY, ["--preset", BASE_ONLY]), (DISTILLED, [])):
+            out = runs[variant][seed]
+            words = ["--cache", root / "cache", "--recipe", "demo", *preset, *sets]
+            train = ["train", *stages.data, *words, "--val-every", 0, "--out", out]
+            jobs.append(stages.job(out.name, train, ["eval", out, "--data", root / "world"]))
     stages.side_by_side(jobs)
-    for out, (variant, _) in folders.items():
-        stages.result.metrics[variant].append(json.loads((out / "metrics.json").read_text()))
+    return runs
 
 
-def _look(stages: _Stages) -> None:
-    """The audit, and what there is to look at."""
-    root, result = stages.config.out, stages.result
-    distilled, cache, view = root / "runs" / f"{DISTILLED}-seed0", root / "cache", root / "cache-view.png"
+def _look(stages: _Stages, runs: dict[str, list[Path]]) -> list[Path]:
+    """The audit, and what there is to look at. Returns the pictures."""
+    root, small = stages.config.out, stages.config.pictures
+    distilled, cache, view = runs[DISTILLED][0], root / "cache", root / "cache-view.png"
     stages.run("audit", "audit", *stages.data, "--cache", cache, "--run", distilled)
     shown = telling_pictures(root / "world", NOVEL)
     stages.run("detect", "detect", distilled, *shown, "--out", root / "detected")
     image = image_with_most_proposals(root / PROPOSALS)
     stages.run("cache view", "cache", "view", cache, "--image", image, "--out", view)
-    runs = _folders(stages.config, (DISTILLED, "base-only"))
-    stages.run("report", "report", *runs, "--data", root / "world", "--out", root / "report")
-    result.report = root / "report" / "index.html"
+    by_seed = [run for both in zip(runs[DISTILLED], runs[BASE_ONLY], strict=True) for run in both]
+    stages.run("report", "report", *by_seed, "--data", root / "world", "--out", root / "report")
     detected = [root / "detected" / "pictures" / file.name for file in shown]
-    small = stages.config.pictures
-    result.pictures = [*detected, view] if small is None else small_pictures(detected, view, small)
+    return [*detected, view] if small is None else small_pictures(detected, view, small)
 
 
-def demo_table(result: DemoResult) -> str:
+def demo_table(runs: dict[str, list[Path]], seconds: dict[str, float], in_all: float) -> str:
     """Mean over seeds, with the standard deviation where there are several, and the time of each stage."""
-    seeds = len(result.metrics[DISTILLED])
+    metrics = {name: [json.loads((run / "metrics.json").read_text()) for run in runs[name]] for name in runs}
+    seeds = len(metrics[DISTILLED])
     rows = {
-        **{variant: [tree["ap50"] for tree in trees] for variant, trees in result.metrics.items()},
-        "distilled, split-blind": [tree["split_blind"]["ap50"] for tree in result.metrics[DISTILLED]],
+        **{variant: [tree["ap50"] for tree in trees] for variant, trees in metrics.items()},
+        "distilled, split-blind": [tree["split_blind"]["ap50"] for tree in metrics[DISTILLED]],
     }
-    spent = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items())
+    spent = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in seconds.items())
     lines = [
-        f"AP50 on the demo world, percent, mean of {seeds} seed{'s' if seeds > 1 else ''}"
+        f"AP50 on the demo world, percent, mean of {counted(seeds, 'seed')}"
         + (" (standard deviation)" if seeds > 1 else ""),
         f"{'':28s}" + "".join(f"{g:>14s}" for g in GROUPS),
         *(
@@ -250,7 +228,7 @@ def demo_table(result: DemoResult) -> str:
             for name, of_seeds in rows.items()
         ),
         "These are numbers of a drawn world, not of COCO.",
-        f"seconds: {spent}; {result.total_s:.0f} in all, for some ran side by side",
+        f"seconds: {spent}; {in_all:.0f} in all, for some ran side by side",
     ]
     return "\n".join(lines)
 

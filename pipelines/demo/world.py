@@ -199,18 +199,17 @@ def paint_object(name: str, size_px: int, rng: np.random.Generator) -> Image.Ima
 
     Returns an RGBA image; alpha is the object's outline.
     """
-    tones = _draw(SHAPES[name], rng)
-    tones = tones.rotate(float(rng.uniform(-28, 28)), Image.Resampling.NEAREST, expand=True)
+    tones = _draw(SHAPES[name], rng).rotate(float(rng.uniform(-28, 28)), Image.Resampling.NEAREST, expand=True)
     if rng.random() < 0.5:
         tones = tones.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     tones = tones.crop(tones.getbbox())
-    aspect = float(rng.uniform(0.8, 1.25))
-    width, height = tones.width * aspect, float(tones.height)
+    width, height = tones.width * float(rng.uniform(0.8, 1.25)), float(tones.height)
     scale = size_px / max(width, height)
     size = (max(6, round(width * scale)), max(6, round(height * scale)))
-    map_ = np.asarray(tones)
-    first = Image.fromarray(np.where(map_ == A, 255, 0).astype(np.uint8)).resize(size, Image.Resampling.BOX)
-    outline = Image.fromarray(np.where(map_ > 0, 255, 0).astype(np.uint8)).resize(size, Image.Resampling.BOX)
+    first, outline = (
+        Image.fromarray(np.where(part, 255, 0).astype(np.uint8)).resize(size, Image.Resampling.BOX)
+        for part in (np.asarray(tones) == A, np.asarray(tones) > 0)
+    )
     one, two = _colours(rng)
     picture = Image.composite(_fill(size, one, rng), _fill(size, two, rng), first)
     picture.putalpha(outline)
