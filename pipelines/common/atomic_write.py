@@ -42,10 +42,22 @@ def replace_file(file: Path, write: Callable[[Path], object], *, writer: str = "
         return
     with writing(file):
         target = Path(os.path.realpath(file))
+        partial = target.with_name(f".{target.name[-60:]}{writer and '.'}{writer}.partial")  # 255 bytes at most
         target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(
-            target, target.with_name(f".{target.name[-60:]}{writer and '.'}{writer}.partial"), write, durable
-        )  # 255 bytes at most
+        try:
+            partial.unlink(missing_ok=True)
+            partial.touch()
+            mode = partial.stat().st_mode  # as the umask and the folder have it: safetensors has its own
+            write(partial)
+            if partial.stat().st_mode != mode:
+                partial.chmod(mode)
+            if durable:
+                with partial.open("rb+") as written:
+                    os.fsync(written.fileno())
+            os.replace(partial, target)
+        finally:
+            with suppress(OSError):  # the folder may be read-only, as the error says then
+                partial.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -74,25 +86,6 @@ def writing(file: Path) -> Iterator[None]:
             else ""
         )
         raise HdovdError(f"{file} cannot be written: {reason}; what was there is whole{again}") from error
-
-
-def _replace(file: Path, partial: Path, write: Callable[[Path], object], durable: bool) -> None:
-    try:
-        partial.unlink(missing_ok=True)
-        partial.touch()
-        mode = (
-            partial.stat().st_mode
-        )  # as the umask and the folder have it; safetensors makes files that nobody else may read
-        write(partial)
-        if partial.stat().st_mode != mode:
-            partial.chmod(mode)
-        if durable:
-            with partial.open("rb+") as written:
-                os.fsync(written.fileno())
-        os.replace(partial, file)
-    finally:
-        with suppress(OSError):  # the folder may be read-only, as the error says then
-            partial.unlink(missing_ok=True)
 
 
 def _of_system(error: Exception, file: Path) -> OSError | None:

@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -35,30 +36,23 @@ def cgroup_quota(table: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) 
     """Cores' worth of time that this process's cgroup and those around it allow it, of version 1 or 2; infinity without
     a limit.
     """
-    try:
-        lines = [line.split(":", 2) for line in table.read_text().splitlines()]
-    except OSError:  # not Linux
-        return float("inf")
     quotas = [float("inf")]
-    for _, controllers, path in lines:
-        if controllers == "" or "cpu" in controllers.split(","):
-            base = root if controllers == "" else root / controllers
-            inner = Path(path.lstrip("/"))
-            quotas += [
-                _quota(base / group) for group in (inner, *inner.parents)
-            ]  # a container may see its own as the root
+    with suppress(OSError):  # not Linux
+        for line in table.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "" or "cpu" in controllers.split(","):
+                inner = Path(path.lstrip("/"))
+                # a container may see its own as the root
+                quotas += [_quota(root / controllers / group) for group in (inner, *inner.parents)]
     return min(quotas)
 
 
 def _quota(group: Path) -> float:
-    try:
-        quota, period = (group / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        except OSError:
-            return float("inf")
-    return float("inf") if quota in ("max", "-1") else int(quota) / int(period)
+    for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # of version 2, and of 1
+        with suppress(OSError, ValueError):
+            quota, period = " ".join((group / name).read_text() for name in files).split()
+            return float("inf") if quota in ("max", "-1") else int(quota) / int(period)
+    return float("inf")
 
 
 def limit_threads() -> str | None:
