@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,13 @@ def page(template: str, context: dict[str, Any]) -> str:
     """A template with what all pages have: `css`, `js`, `policy`, `version`. What is not Markup is escaped: names may
     hold anything.
     """
-    folder = resources.files("hdovd").joinpath("pipelines", "pages")
-
-    def text(name: str) -> str:
-        return folder.joinpath(name).read_text(encoding="utf-8")
-
+    loader = jinja2.PackageLoader("hdovd", "pipelines/pages")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False, loader=jinja2.FunctionLoader(text)
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False, loader=loader
     )
-    own = {"css": Markup(text("page.css")), "js": Markup(text("page.js")), "policy": CONTENT_POLICY}
-    return environment.get_template(template).render(own | context, version=__version__)
+    css, js = (Markup(loader.get_source(environment, name)[0]) for name in ("page.css", "page.js"))
+    own = {"css": css, "js": js, "policy": CONTENT_POLICY, "version": __version__}
+    return environment.get_template(template).render(own | context)
 
 
 def write_page(file: Path, template: str, context: dict[str, Any]) -> None:
@@ -156,17 +152,15 @@ def matrix_chart(
         f'<image x="{left}" y="{top}" width="{m * cell}" height="{n * cell}" href="{_ink(values, low, high)}" '
         f'preserveAspectRatio="none" class="pixels"/>',
         f'<rect class="frame" x="{left}" y="{top}" width="{m * cell}" height="{n * cell}"/>',
-    ]
-    if left > cell:
-        parts += [
+        *(
             f'<text class="name" x="{left - 3}" y="{top + i * cell + 8}" text-anchor="end">{escape(_cut(name))}</text>'
             for i, name in enumerate(rows)
-        ]
-    if top > cell:
-        parts += [
+        ),
+        *(
             f'<text class="name" transform="translate({left + j * cell + 8},{top - 3}) rotate(-90)">{escape(_cut(name))}</text>'  # noqa: E501
             for j, name in enumerate(columns)
-        ]
+        ),
+    ]
     data = {
         "origin": [left, top],
         "cell": cell,

@@ -173,8 +173,8 @@ def _world_teacher_and_proposals(stages: _Stages) -> str:
 def _cache(stages: _Stages, clip: str) -> None:
     root, world = stages.config.out, stages.config.out / "world"
     captions = ("--captions", world / "annotations" / "captions_train2017.json")
-    match = ("--vocabulary", world / "vocabulary.txt", "--parser", "match", "--protocol", world / "protocol.toml")
-    stages.run("nouns", "nouns", *captions, *match, "--out", root / "nouns.json")
+    names = ("--vocabulary", world / "vocabulary.txt", "--protocol", world / "protocol.toml")
+    stages.run("nouns", "nouns", *captions, *names, "--parser", "match", "--out", root / "nouns.json")
     made = ("--clip", clip, "--proposals", root / PROPOSALS, "--nouns", root / "nouns.json")
     stages.run("extract-clip", "extract-clip", *stages.data, "--cache", root / "cache", *made)
 

@@ -301,7 +301,14 @@ def make_world(
     The same arguments give the same bytes, whatever `workers` is.
     """
     for split, count, offset in (("train2017", train_images, 0), ("val2017", val_images, 500_000)):
-        _write_split(root, split, scenes(count, seed, offset, workers, draw), offset + 1)
+        pictures = scenes(count, seed, offset, workers, draw)
+        images = write_instances(root, split, pictures, sorted(SHAPES), offset + 1)
+        captions = [
+            {"id": image["id"], "image_id": image["id"], "caption": scene.caption}
+            for image, scene in zip(images, pictures, strict=True)
+        ]
+        file = root / "annotations" / f"captions_{split}.json"
+        write_text(file, json.dumps({"images": images, "annotations": captions}))
     write_text(root / "vocabulary.txt", "\n".join(sorted((*SHAPES, *GROUNDS, *ABSENT))) + "\n")
     write_text(
         root / "protocol.toml",
@@ -365,13 +372,12 @@ def paint_ground(kind: str, size: tuple[int, int], rng: np.random.Generator) -> 
         / 255
         - 0.5
     )
-    rows = (y // 14).astype(int)
     value = {
         "grass": lambda: 0.55 + 0.12 * np.sin(x * 1.1 + 4 * soft) * np.abs(noise) + 0.3 * soft,
         "sand": lambda: 0.75 + 0.05 * noise + 0.25 * soft,
         "water": lambda: 0.6 + 0.16 * np.sin(y * 0.5 + 6 * soft) + 0.04 * noise,
         "bricks": lambda: (
-            np.where((y % 14 < 2) | ((x + 12 * (rows % 2)) % 24 < 2), 0.8, 0.5) + 0.05 * noise + 0.2 * soft
+            np.where((y % 14 < 2) | ((x + 12 * (y // 14 % 2)) % 24 < 2), 0.8, 0.5) + 0.05 * noise + 0.2 * soft
         ),
         "night": lambda: 0.2 + 0.2 * soft + np.where(noise > 2.9, 0.7, 0.0),
         "snow": lambda: 0.88 + 0.2 * soft + 0.03 * noise,
@@ -418,15 +424,6 @@ def _caption(names: list[str], ground: str, rng: np.random.Generator) -> str:
         told.append(str(rng.choice([*SHAPES, *ABSENT])))
     subject = " and ".join(f"{'an' if n[0] in 'aeiou' else 'a'} {n}" for n in told) or "some things"
     return f"{subject.capitalize()} in front of {ground}."
-
-
-def _write_split(root: Path, split: str, pictures: list[Scene], first_id: int) -> None:
-    images = write_instances(root, split, pictures, sorted(SHAPES), first_id)
-    captions = [
-        {"id": image["id"], "image_id": image["id"], "caption": scene.caption}
-        for image, scene in zip(images, pictures, strict=True)
-    ]
-    write_text(root / "annotations" / f"captions_{split}.json", json.dumps({"images": images, "annotations": captions}))
 
 
 def write_instances(

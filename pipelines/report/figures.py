@@ -7,6 +7,7 @@ and boxes in the same pixels.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.common.pages import Axis, Line, line_chart, matrix_chart, small_picture_data
 from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names
-from hdovd.pipelines.evaluation.analysis import Fate, ImageVerdicts
+from hdovd.pipelines.evaluation.analysis import Fate, ImageVerdicts, RunAnalysis
 from hdovd.pipelines.extraction.source import cache_of
-from hdovd.pipelines.report.runs import OneRun, Relations
+from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import ORACLE, Run, table_groups
 from hdovd.pipelines.runs.trackers import PLAIN
 
@@ -53,6 +54,21 @@ LEVELS = {
     "val": "Validation AP",
 }
 RECALL, PRECISION = Axis("recall", 0.0, 1.0), Axis("precision", 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class OneRun:
+    """A run by the name that the report calls it by. `entries`: its log. `notes`: what a reader should know of it.
+    `lost`: annotation ids of objects that it misses, and that the run which it was adapted from found.
+    """
+
+    name: str
+    folder: RunFolder
+    run: Run
+    analysis: RunAnalysis
+    entries: list[dict[str, Any]]
+    notes: tuple[str, ...]
+    lost: frozenset[int] = frozenset()
 
 
 def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | None:
@@ -163,12 +179,12 @@ def facts(run: OneRun) -> list[tuple[str, str]]:
     """What made a run, and how long it took, as far as its files say."""
     record, known, git = run.folder.record(), run.run, run.run.git or {}
     processes, weight = record.get("processes", "?"), Reliability.recorded(record)
-    engine = " ".join(map(str, run.analysis.metrics.get("engine", {}).values()))
     found = {
         "folder": run.folder.path.resolve(),
         "begun": f"{known.date:%Y-%m-%d %H:%M}",
         "epochs": f"{known.epochs_done} of {known.epochs}",
-        "weights": f"{run.analysis.weights}, evaluated by {engine}",
+        "weights": f"{run.analysis.weights}, evaluated by "
+        + " ".join(map(str, run.analysis.metrics.get("engine", {}).values())),
         **_speed(run),
         "device": f"{record.get('device', '?')}, {processes} process{'' if processes == 1 else 'es'}",
         "cache": f"{known.cache or '-'}, features {known.cache_id or '-'}",
@@ -286,20 +302,6 @@ def confusion_chart(run: OneRun) -> Markup:
         row_title="object: ",
         column_title="detected: ",
     )
-
-
-def relation_figures(name: str, found: Relations) -> Iterator[dict[str, Any]]:
-    """The teacher's matrix, and the student's."""
-    names = [text + (" (p)" if pseudo else "") for text, pseudo in zip(found.names, found.pseudo.tolist(), strict=True)]
-    batch = f"{len(names)} boxes of {len(found.image_ids)} training images"
-    alike = "" if found.correlation is None else f"correlation with the teacher's {found.correlation:.2f}; "
-    loss = f"{alike}relation loss of this batch {found.loss:.3g}, without its weight"
-    sides = [("CLIP, the teacher", found.teacher, batch), (f"{name}, the student", found.student, loss)]
-    for side, values, note in sides:
-        others = values[~np.eye(len(values), dtype=bool)]
-        low, high = (float(others.min()), float(others.max())) if others.size else (0.0, 1.0)
-        chart = matrix_chart(f"cosines between boxes: {side}", values, names, names, low=low, high=high)
-        yield {"name": side, "note": f"{note}; cosines {low:.2f} to {high:.2f}", "chart": chart}
 
 
 # --- pictures ---
@@ -424,14 +426,14 @@ def _pseudo_cards(
     with_some = [image for image in split.images if image.id not in failed and proposals.get(image.id)]
     if not with_some:
         raise HdovdError("no training image has a proposal in the cache")
-    places = np.unique(np.linspace(0, len(with_some) - 1, count).round().astype(int)).tolist()
     return [
         _card(split, image, f"{key}-{image.id}")
         | _pseudo_rows(
             gather_view(cache, image.id, image, names=protocol.names, file=split.path(image), reliability=weight),
             protocol,
         )
-        for image in (with_some[place] for place in places)
+        for place in np.unique(np.linspace(0, len(with_some) - 1, count).round().astype(int)).tolist()
+        for image in [with_some[place]]
     ]
 
 
@@ -459,14 +461,13 @@ def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
 
 
 def _card(split: Split, image: ImageBoxes, key: str) -> dict[str, Any]:
-    width, height = image.width, image.height
-    picture = read_image(split.path(image), width, height, exif=split.exif)
+    picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
     return {
         "image_id": image.id,
         "key": key,
-        "width": width,
-        "height": height,
-        "unit": round(max(width, height) / TEXT_SHARE, 1),
+        "width": image.width,
+        "height": image.height,
+        "unit": round(max(image.width, image.height) / TEXT_SHARE, 1),
         "data": small_picture_data(picture, LONGEST_SIDE_PX),
     }
 

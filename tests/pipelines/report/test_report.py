@@ -23,9 +23,8 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
-from hdovd.pipelines.report.figures import ablation, charted
-from hdovd.pipelines.report.report import ReportConfig, report
-from hdovd.pipelines.report.runs import OneRun, names_of
+from hdovd.pipelines.report.figures import OneRun, ablation, charted
+from hdovd.pipelines.report.report import ReportConfig, names_of, report
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import Run, State
 
