@@ -14,6 +14,7 @@ from hdovd.cli.main import Group, new_app
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.options import ListOrder
 from hdovd.pipelines.extraction.forecast_config import ForecastConfig
+from hdovd.pipelines.runs.listing import difference_lines, read_runs, run_lines, run_values
 
 
 class _ListsByDefault(Group):
@@ -45,8 +46,6 @@ def ls(
 
     A run that is under way shows as stopped. A damaged run is listed, with what is wrong.
     """
-    from hdovd.pipelines.runs.listing import read_runs, run_lines, run_values
-
     runs = read_runs(folders or [Path()])
     typer.echo(json.dumps(run_values(runs), indent=1) if json_ else "\n".join(run_lines(runs)))
 
@@ -57,8 +56,6 @@ def diff(
     b: Annotated[Path, typer.Argument(metavar="B", help="The run to compare it with.")],
 ) -> None:
     """Say what differs: config, cache, versions, commit; and AP50 by group and by class, the largest changes first."""
-    from hdovd.pipelines.runs.listing import difference_lines
-
     typer.echo("\n".join(difference_lines(a, b)))
 
 

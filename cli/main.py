@@ -5,7 +5,6 @@ import select
 import sys
 from inspect import cleandoc
 from pkgutil import resolve_name
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +18,6 @@ from hdovd.core.log import is_printed, lines_to
 from hdovd.pipelines.common.process import INTERRUPTED, limit_threads
 
 PIPE_BROKE = 141  # as a shell says of SIGPIPE
-_interrupts: list[int] = []
 
 
 class Group(TyperGroup):
@@ -136,21 +134,13 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         typer.echo(str(stopped), err=True)
         return stopped.code
     except (Exception, KeyboardInterrupt) as error:
-        if _interrupts or isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt):
             typer.echo("stopped", err=True)
             return INTERRUPTED
         if debug and not hasattr(error, "show"):
             raise
         return _tell(error)
     return 0
-
-
-def interrupt(number: int, _: FrameType | None) -> None:
-    """Ctrl-C: KeyboardInterrupt, as Python has it. Noted, since modules that are being imported may make another error
-    of it.
-    """
-    _interrupts.append(number)
-    raise KeyboardInterrupt
 
 
 def _tell(error: Any) -> int:

@@ -1,29 +1,18 @@
 """The program `hdovd`, also as `python -m hdovd`: what has to be settled before the first import that takes time."""
 
 import os
-import signal
 import sys
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C while modules are imported, or while the interpreter ends, ends it without a
-    traceback.
-    """
-    mine = (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )  # else it is ignored: a background job of a shell
-    if mine:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Run the command line. Ctrl-C while modules are imported ends it without a traceback."""
     _open_standard_streams()
-    from hdovd.cli.main import interrupt, main as run
-
-    if mine:
-        signal.signal(signal.SIGINT, interrupt)
     try:
+        from hdovd.cli.main import main as run
+
         run()
-    finally:
-        if mine:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell says of it
 
 
 def _open_standard_streams() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -18,8 +17,6 @@ from hdovd.core.errors import NO_ROOM, HdovdError, system_reason
 
 if TYPE_CHECKING:
     from PIL import Image
-
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors says it
 
 
 def replace_file(file: Path, write: Callable[[Path], object], *, writer: str = "", durable: bool = True) -> None:
@@ -92,9 +89,7 @@ def _of_system(error: Exception, file: Path) -> OSError | None:
     """What the system said: safetensors has errors of its own for it, and torch says nothing of a full disk."""
     if isinstance(error, OSError):
         return error
-    found = _OS_ERROR.search(str(error))
-    number = int(found[1]) if found else errno.ENOSPC if _is_full(file.parent) else 0
-    return OSError(number, os.strerror(number), str(file)) if number else None
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) if _is_full(file.parent) else None
 
 
 def _is_full(folder: Path) -> bool:

@@ -163,17 +163,15 @@ def run_jobs(
         _end([process for process in processes.values() if process.poll() is None], stop)
 
 
-def log_end(log: Path) -> str:
-    """What a log ends with, to be said of a job that failed."""
-    return "\n".join([f"{log} ends with", *(f"    {line}" for line in last_lines(log))])
-
-
-def last_lines(log: Path, most: int = 8) -> list[str]:
-    """The end of a log, without empty lines; a progress bar's last state is a line."""
+def log_end(log: Path, most: int = 8) -> str:
+    """What a log ends with, to be said of a job that failed, without empty lines; a progress bar's last state is a
+    line.
+    """
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 16_384))
         text = file.read().decode(errors="replace")
-    return [line for line in text.replace("\r", "\n").splitlines() if line.strip()][-most:]
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return "\n".join([f"{log} ends with", *(f"    {line}" for line in lines[-most:])])
 
 
 def _run(job: Job, environment: Mapping[str, str], keep_open: tuple[int, ...]) -> Running:

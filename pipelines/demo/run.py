@@ -9,7 +9,6 @@ processes of their own.
 import json
 import shlex
 import shutil
-import statistics
 import sys
 import time
 from collections import Counter, defaultdict
@@ -20,14 +19,15 @@ from pathlib import Path
 from PIL import Image
 
 from hdovd.core import user_cache_folder
-from hdovd.core.errors import HdovdError, Stopped, counted
+from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import log
-from hdovd.data.protocol import GROUPS
+from hdovd.pipelines.ablation.grid import AblationTable, Row, markdown, scores_of
 from hdovd.pipelines.common.atomic_write import write_picture
 from hdovd.pipelines.common.process import Job, StopSignal, exit_code, log_end, run_jobs, usable_cores
 from hdovd.pipelines.demo.config import MARKER, DemoConfig
 from hdovd.pipelines.demo.teacher import demo_teacher
 from hdovd.pipelines.demo.world import NOVEL, make_world
+from hdovd.pipelines.runs.listing import read_run
 
 SHOWN_PICTURES = 3
 WIDTH_PX = 900
@@ -90,12 +90,18 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None]) -> None:
     root.mkdir(parents=True, exist_ok=True)
     (root / MARKER).touch()
     stages = _Stages(config, command)
-    clip = _world_teacher_and_proposals(stages)
-    _cache(stages, clip)
+    _cache(stages, _world_teacher_and_proposals(stages))
     runs = _train_and_evaluate(stages)
     pictures = _look(stages, runs)
+    rows = [
+        Row(name, (), scores_of(dict(enumerate(map(read_run, of_seeds)))), len(of_seeds))
+        for name, of_seeds in runs.items()
+    ]
+    note = "AP50 in percent, mean over seeds (sample standard deviation): of a drawn world, not of COCO."
+    spent = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in stages.seconds.items())
     log(
-        f"\n{demo_table(runs, stages.seconds, time.monotonic() - began)}",
+        f"\n{markdown(AblationTable((), rows, note))}",
+        f"seconds: {spent}; {time.monotonic() - began:.0f} in all, for some ran side by side",
         "pictures (detections with novel classes in orange; what the cache knows):",
         *(f"  {picture}" for picture in pictures),
         f"report, one page about all runs: {root / 'report' / 'index.html'}",
@@ -202,36 +208,9 @@ def _look(stages: _Stages, runs: dict[str, list[Path]]) -> list[Path]:
     stages.run("audit", "audit", *stages.data, "--cache", cache, "--run", distilled)
     shown = telling_pictures(root / "world", NOVEL)
     stages.run("detect", "detect", distilled, *shown, "--out", root / "detected")
-    image = image_with_most_proposals(root / PROPOSALS)
-    stages.run("cache view", "cache", "view", cache, "--image", image, "--out", view)
+    most = image_with_most_proposals(root / PROPOSALS)
+    stages.run("cache view", "cache", "view", cache, "--image", most, "--out", view)
     by_seed = [run for both in zip(runs[DISTILLED], runs[BASE_ONLY], strict=True) for run in both]
     stages.run("report", "report", *by_seed, "--data", root / "world", "--out", root / "report")
     detected = [root / "detected" / "pictures" / file.name for file in shown]
     return [*detected, view] if small is None else small_pictures(detected, view, small)
-
-
-def demo_table(runs: dict[str, list[Path]], seconds: dict[str, float], in_all: float) -> str:
-    """Mean over seeds, with the standard deviation where there are several, and the time of each stage."""
-    metrics = {name: [json.loads((run / "metrics.json").read_text()) for run in runs[name]] for name in runs}
-    seeds = len(metrics[DISTILLED])
-    rows = {
-        **{variant: [tree["ap50"] for tree in trees] for variant, trees in metrics.items()},
-        "distilled, split-blind": [tree["split_blind"]["ap50"] for tree in metrics[DISTILLED]],
-    }
-    spent = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in seconds.items())
-    lines = [
-        f"AP50 on the demo world, percent, mean of {counted(seeds, 'seed')}"
-        + (" (standard deviation)" if seeds > 1 else ""),
-        f"{'':28s}" + "".join(f"{g:>14s}" for g in GROUPS),
-        *(
-            f"{name:28s}" + "".join(f"{_spread([values[g] for values in of_seeds]):>14s}" for g in GROUPS)
-            for name, of_seeds in rows.items()
-        ),
-        "These are numbers of a drawn world, not of COCO.",
-        f"seconds: {spent}; {in_all:.0f} in all, for some ran side by side",
-    ]
-    return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f}" + (f" ({statistics.stdev(values):.1f})" if len(values) > 1 else "")

@@ -28,8 +28,9 @@ CANVAS = 100  # drawing units a side
 _DRAWN_PX = 192  # pixels a side at which a shape is drawn before it is scaled down
 
 
-Points = tuple[tuple[float, float], ...]
-Stroke = tuple[str, int, Points, float]  # kind, tone, canvas units (two corners of an ellipse), width of a line
+Stroke = tuple[
+    str, int, tuple[tuple[float, float], ...], float
+]  # kind, tone, canvas units (two corners of an ellipse), width of a line
 
 
 def _poly(tone: int, *xy: float) -> Stroke:
@@ -390,8 +391,8 @@ def paint_ground(kind: str, size: tuple[int, int], rng: np.random.Generator) -> 
         "night": (0.6, 0.6, 1.0),
         "snow": (0.95, 1.0, 1.0),
     }[kind]
-    tint_jitter = np.clip(np.array(tint) + rng.uniform(-0.15, 0.15, 3), 0, 1)
-    ground = Image.fromarray(np.clip(value[..., None] * tint_jitter * 255, 0, 255).astype(np.uint8))
+    tinted = value[..., None] * np.clip(np.array(tint) + rng.uniform(-0.15, 0.15, 3), 0, 1)
+    ground = Image.fromarray(np.clip(tinted * 255, 0, 255).astype(np.uint8))
     for _ in range(int(rng.integers(3, 9))):  # clutter: soft-edged bars and blobs without an object's structure
         _paint_clutter(ground, rng)
     return ground

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +65,7 @@ def _cache_files(source: Path) -> dict[str, Path]:
     """Raises HdovdError if some of it is damaged."""
     if check_cache(CheckConfig(cache=source)).findings:
         raise HdovdError(f"{source} is damaged, as said above, and is not pushed: hdovd cache verify --repair")
-    folder = Catalog(source).folder
-    return {name: source / name for name in folder.sizes("") if name.split("/")[0] in OF_CACHE}
+    return {name: source / name for name in Catalog(source).folder.sizes("") if name.split("/")[0] in OF_CACHE}
 
 
 def card(config: PushConfig) -> str:
@@ -93,10 +91,14 @@ def card(config: PushConfig) -> str:
             raise HdovdError(f"--audit {config.audit} is not of these features: hdovd audit --json makes one of them")
     clip = _clip(where, [levels.get("class", "") for levels in about["sets"].values()])
     names = repositories(clip["clip"], clip.get("pretrained"), {}) if clip.get("clip") else []
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.PackageLoader("hdovd", "pipelines/pages"),
+    )
     environment.filters["ap"] = ap
-    text = resources.files("hdovd").joinpath("pipelines", "pages", "card.md").read_text(encoding="utf-8")
-    return environment.from_string(text).render(
+    return environment.get_template("card.md").render(
         about,
         repo=repository(config.to)[0],
         url=config.to,

@@ -172,8 +172,12 @@ def _lost(folder: RunFolder, split: Split) -> frozenset[int]:
     """By the table that `hdovd adapt` or `hdovd eval --before` made of these annotations, if one did."""
     file = folder.path / "retention.json"
     tables = read_json(file, "table of AP before and after") if file.is_file() else []
-    same = (one for one in tables if Path(one["data"]).resolve() == split.annotations.resolve())
-    return frozenset(annotation for one in same for _, annotation, _ in one["missed"])
+    return frozenset(
+        annotation
+        for one in tables
+        if Path(one["data"]).resolve() == split.annotations.resolve()
+        for _, annotation, _ in one["missed"]
+    )
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -308,8 +312,7 @@ def _names(targets: list[Any], cache: FeatureCache, protocol: Protocol) -> tuple
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    above = np.triu_indices(len(a), k=1)
-    x, y = a[above], b[above]
+    x, y = (values[np.triu_indices(len(values), k=1)] for values in (a, b))
     return None if len(x) < 2 or x.std() == 0 or y.std() == 0 else float(np.corrcoef(x, y)[0, 1])
 
 

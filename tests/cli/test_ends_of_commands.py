@@ -9,14 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from textwrap import indent
 from typing import Any
 
 import pytest
 
 HDOVD = (sys.executable, "-m", "hdovd")
 KILLS_ITSELF = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\n"
-SWALLOWS_IT = f"try:\n{indent(KILLS_ITSELF, '    ')}except BaseException:\n    pass\nraise ImportError\n"
 
 
 def _heard() -> None:
@@ -90,12 +88,8 @@ def test_closed_streams(closed: str, world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("module", "content", "code", "said"),
-    [
-        ("typer", KILLS_ITSELF, -signal.SIGINT, ""),
-        ("pydantic", KILLS_ITSELF, 130, "stopped\n"),
-        ("pydantic", SWALLOWS_IT, 130, "stopped\n"),
-    ],
-    ids=["before there is a command line", "within a command", "swallowed by a module"],
+    [("typer", KILLS_ITSELF, 130, ""), ("pydantic", KILLS_ITSELF, 130, "stopped\n")],
+    ids=["before there is a command line", "within a command"],
 )
 def test_interrupted_while_modules_are_imported(
     module: str, content: str, code: int, said: str, tmp_path: Path
