@@ -77,14 +77,21 @@ def card(config: PushConfig) -> str:
     if config.kind == "run":
         run, known = RunFolder.open(config.source), read_run(config.source)
         recipe, where = run.written_recipe(), run.cache_url
-        about |= {"run": known, "metric": METRICS[known.metric], "protocol": run.protocol(), "oracle": run.saw_novel}
-        about |= {"recipe": recipe.to_toml().rstrip(), "detector": recipe.detector.name, "code": outside_code(recipe)}
-        about["dataset"] = repository(str(known.cache))[0] if is_hub(str(known.cache)) else None
-        about["sets"] = {"": {level: entry["key"] for level, entry in known.levels.items()}}
+        about |= {
+            "run": known,
+            "metric": METRICS[known.metric],
+            "protocol": run.protocol(),
+            "oracle": run.saw_novel,
+            "recipe": recipe.to_toml().rstrip(),
+            "detector": recipe.detector.name,
+            "code": outside_code(recipe),
+            "dataset": repository(str(known.cache))[0] if is_hub(str(known.cache)) else None,
+            "sets": {"": {level: entry["key"] for level, entry in known.levels.items()}},
+        }
     else:
         catalog = Catalog(config.source)
-        about["products"], sets = catalog.products(), catalog.sets().items()
-        about["sets"] = {name: {str(level): key for level, key in one.levels.items()} for name, one in sets}
+        sets = {name: {str(level): key for level, key in one.levels.items()} for name, one in catalog.sets().items()}
+        about |= {"products": catalog.products(), "sets": sets}
     if config.audit is not None:
         about["audit"] = read_json(config.audit, "--audit")
         if about["audit"].get("levels") not in about["sets"].values():

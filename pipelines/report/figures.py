@@ -18,7 +18,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol, group_of, shown_groups
 from hdovd.evaluation.curves import RECALLS
-from hdovd.evaluation.tide import ERRORS, Kind
+from hdovd.evaluation.tide import Kind
 from hdovd.pipelines.ablation.grid import BLIND, SEED, Row, column_texts, scores_of
 from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view, marked, names_and_cosines
 from hdovd.pipelines.common.console import duration
@@ -31,14 +31,6 @@ from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import ORACLE, Run, table_groups
 from hdovd.pipelines.runs.trackers import PLAIN
 
-ERROR_NAMES = [*(str(kind) for kind in ERRORS), "all false detections", "all objects not found"]
-MISNAMED = {
-    "novel named base": ("novel", "base"),
-    "novel named another novel": ("novel", "novel"),
-    "base named novel": ("base", "novel"),
-    "base named another base": ("base", "base"),
-}
-EQUAL = 1e-9
 MOST_CHARTED = 100  # classes: more would make the page unwieldy
 LEVELS = {
     "rpn": "Detector",
@@ -123,7 +115,7 @@ def uses_pseudo_boxes(run: Run) -> bool:
 def is_best(values: Sequence[float | None], place: int) -> bool:
     """Whether no other is higher; a single one is not called the best."""
     value, numbers = values[place], [v for v in values if v is not None]
-    return len(values) > 1 and value is not None and value >= max(numbers) - EQUAL
+    return len(values) > 1 and value is not None and value >= max(numbers) - 1e-9
 
 
 def class_rows(runs: Sequence[OneRun], in_gallery: Collection[str]) -> list[dict[str, Any]]:

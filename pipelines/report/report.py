@@ -24,6 +24,7 @@ from hdovd.core.log import log, quiet
 from hdovd.core.text_files import read_json
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import METRICS, Protocol, shown_groups
+from hdovd.evaluation.tide import ERRORS
 from hdovd.modeling.losses.instance import relation_loss
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.pages import matrix_chart, write_page
@@ -38,19 +39,6 @@ from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
 from hdovd.pipelines.runs.listing import read_run
 from hdovd.pipelines.training.training_set import TrainingSet
 
-SECTIONS = (
-    ("ap", "AP"),
-    ("curves", "Curves"),
-    ("errors", "Errors"),
-    ("confusion", "Confusion"),
-    ("reliability", "Scores"),
-    ("losses", "Losses"),
-    ("gallery", "Images"),
-    ("pseudo", "Pseudo boxes"),
-    ("relations", "Relations"),
-    ("identity", "Identity"),
-)
-
 
 def report(job: ReportConfig) -> Path:
     """Write the page into the folder `job.out`; runs that are not evaluated yet are evaluated first. Returns its path.
@@ -63,21 +51,21 @@ def report(job: ReportConfig) -> Path:
     data = data_of(folders, job.data, needed=job.validation is None)
     validation = job.validation or data
     for run in job.runs:
-        _evaluate_if_needed(run, job, validation)
+        if not all((run / name).is_file() for name in ("metrics.json", "detections.json")):
+            log(f"{run} is not evaluated yet: hdovd eval {run}")
+            evaluate(
+                EvalConfig(
+                    run=run,
+                    data=validation,
+                    device=job.device,
+                    batch_size=job.batch_size,
+                    workers=job.workers,
+                    trust=job.trust,
+                )
+            )
     file = job.out / REPORT_FILE
     write_page(file, "report.html", _context(open_runs(folders, validation, job.threshold), job, data))
     return file
-
-
-def _evaluate_if_needed(run: Path, job: ReportConfig, data: DataPaths) -> None:
-    if all((run / name).is_file() for name in ("metrics.json", "detections.json")):
-        return
-    log(f"{run} is not evaluated yet: hdovd eval {run}")
-    evaluate(
-        EvalConfig(
-            run=run, data=data, device=job.device, batch_size=job.batch_size, workers=job.workers, trust=job.trust
-        )
-    )
 
 
 def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict[str, Any]:
@@ -105,7 +93,6 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         if len(runs) == 1
         else f"{len(runs)} runs of {os.path.commonpath([path.resolve() for path in paths])}",
         "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
-        "sections": SECTIONS,
         "protocol": first.protocol,
         "images": len(first.split.images),
         "notes": [note for run in runs for note in run.notes],
@@ -121,9 +108,8 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         "metric": METRICS[first.protocol.metric],
         "curves": figures.group_curves(runs),
         "class_curves": figures.class_curves(runs),
-        "error_kinds": figures.ERROR_NAMES,
+        "error_kinds": ERRORS,
         "most_gained": figures.most_gained(runs),
-        "misnamed": figures.MISNAMED,
         "threshold": job.threshold,
         "reliability": figures.reliability(runs),
         "losses": figures.losses(runs),
