@@ -3,11 +3,9 @@
 import json
 from contextlib import suppress
 from dataclasses import asdict
-from shlex import quote
 
 import typer
 
-from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli.main import run_command
 from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.audit.config import AuditConfig
@@ -15,12 +13,8 @@ from hdovd.pipelines.common.process import exit_code
 from hdovd.pipelines.demo.config import DemoConfig
 from hdovd.pipelines.detection.config import DetectConfig
 from hdovd.pipelines.evaluation.config import ZERO_SHOT, EvalConfig
-from hdovd.pipelines.extraction.config import ExtractConfig, this_share
-from hdovd.pipelines.nouns.config import NounsConfig
 from hdovd.pipelines.proposals.config import ProposeConfig
-from hdovd.pipelines.relabelling.config import RelabelConfig
 from hdovd.pipelines.search.config import BoxSource, SearchConfig
-from hdovd.pipelines.transfer.config import TransferConfig
 
 
 def demo(config: DemoConfig) -> None:
@@ -40,30 +34,6 @@ def propose(config: ProposeConfig) -> None:
         stage.recall_report(config)
     else:
         stage.propose(config)
-
-
-def nouns(config: NounsConfig) -> None:
-    from hdovd.pipelines.nouns.find import find_nouns
-
-    find_nouns(config)
-    typer.echo(f"next: hdovd extract-clip --nouns {quote(str(config.out))} --proposals FILE ...")
-
-
-def extract_clip(config: ExtractConfig) -> None:
-    from hdovd.pipelines.extraction.extract_clip import extract_clip as run
-
-    report = run(config)
-    if report.whole and not config.dry_run and this_share(None).speaks:
-        named = "" if config.features == DEFAULT_SET else f" --features {config.features}"
-        typer.echo(f"next: hdovd train --cache {quote(str(config.cache))}{named} --out RUN ...")
-
-
-def relabel(config: RelabelConfig) -> None:
-    from hdovd.pipelines.relabelling.relabel import relabel as run
-
-    report, name = run(config)
-    if report.whole and this_share(None).speaks:
-        typer.echo(f"next: hdovd train --cache {quote(str(config.cache))} --features {name} --out RUN ...")
 
 
 def eval(config: EvalConfig) -> None:
@@ -86,14 +56,6 @@ def eval(config: EvalConfig) -> None:
     if config.errors:
         typer.echo(error_table(result.errors))
     typer.echo("\n".join(f"wrote {file}" for file in result.files))
-
-
-def transfer(config: TransferConfig) -> None:
-    from hdovd.pipelines.transfer.transfer import transfer as run, transfer_table
-
-    found = run(config)
-    files = [file for result in found.values() for file in result.files]
-    typer.echo("\n".join([transfer_table(found), *(f"wrote {file}" for file in files)]))
 
 
 def search(config: SearchConfig) -> None:

@@ -45,7 +45,7 @@ COMMANDS = {
         Says how many there are, which words of the captions the vocabulary lacks, and which novel names it holds and
         how often. See docs/NOUNS.md. Next: hdovd extract-clip --nouns OUT.
         """,
-        "hdovd.cli.answers:nouns",
+        "hdovd.pipelines.nouns.find:find_nouns",
         "hdovd.pipelines.nouns.config:NounsConfig",
     ),
     "extract-clip": Command(
@@ -55,7 +55,7 @@ COMMANDS = {
         that costs. Killed? The same command goes on where it was. Needs no GPU, but wants one. Next: hdovd train
         --cache CACHE.
         """,
-        "hdovd.cli.answers:extract_clip",
+        "hdovd.pipelines.extraction.extract_clip:extract_clip",
         "hdovd.pipelines.extraction.config:ExtractConfig",
     ),
     "calibrate": Command(
@@ -78,7 +78,7 @@ COMMANDS = {
         novel annotation is read: hdovd audit says so. Needs the CLIP, and wants a GPU. The same command goes on where a
         killed one was.
         """,
-        "hdovd.cli.answers:relabel",
+        "hdovd.pipelines.relabelling.relabel:relabel",
         "hdovd.pipelines.relabelling.config:RelabelConfig",
     ),
     "train": Command(
@@ -117,7 +117,7 @@ COMMANDS = {
         No class is called base, and all are scored alike. Names are embedded by the text tower of the run's CLIP, once:
         they are kept in ~/.cache/hdovd. Results of each data set go to RUN/transfer/NAME.
         """,
-        "hdovd.cli.answers:transfer",
+        "hdovd.pipelines.transfer.transfer:transfer",
         "hdovd.pipelines.transfer.config:TransferConfig",
     ),
     "search": Command(

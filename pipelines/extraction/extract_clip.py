@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs, hash_file, require_same
 from hdovd.cache.picture_files import known_files
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import TAR_META, Level
+from hdovd.cache.schema import DEFAULT_SET, TAR_META, Level
 from hdovd.cache.store import Folder, open_folder
 from hdovd.cache.tar_shards import TarMeta, TarShards, forget_shard, unfinished_shards
 from hdovd.core.errors import HdovdError, counted, shorten
@@ -447,4 +448,8 @@ def extract_clip(config: ExtractConfig, teacher: Teacher | None = None) -> Extra
     config.check()
     extract = extract_to_tars if config.store is Store.WEBDATASET else fill_cache
     with quiet(not this_share(config.share).speaks):
-        return extract(config, teacher)
+        report = extract(config, teacher)
+    if report.whole and not config.dry_run and this_share(None).speaks:
+        named = "" if config.features == DEFAULT_SET else f" --features {config.features}"
+        log(f"next: hdovd train --cache {quote(str(config.cache))}{named} --out RUN ...")
+    return report

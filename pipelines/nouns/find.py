@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from hdovd.cache.identity import hash_file
@@ -98,7 +99,8 @@ def find_nouns(job: NounsConfig) -> NounsReport:
         "hdovd": __version__,
     }
     write_noun_file(job.out, report.nouns, made_by, dict(_most(report.unmatched, UNMATCHED_KEPT)))
-    log(*report_lines(job, report, len(protocol.novel)))
+    following = f"next: hdovd extract-clip --nouns {quote(str(job.out))} --proposals FILE ..."
+    log(*report_lines(job, report, len(protocol.novel)), following)
     return report
 
 

@@ -52,6 +52,7 @@ def transfer(job: TransferConfig) -> dict[str, EvalResult]:
         name = data_name(folder)
         log(f"{name}:")
         found[name] = zero_shot(one)
+    log(transfer_table(found), *(f"wrote {file}" for result in found.values() for file in result.files))
     return found
 
 
