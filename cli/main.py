@@ -23,12 +23,10 @@ PIPE_BROKE = 141  # as a shell says of SIGPIPE
 class Group(TyperGroup):
     """A group whose help shows the first paragraph of each command's help, whole."""
 
-    def line_of(self, name: str) -> str:
-        return " ".join((self.commands[name].help or "").split("\n\n")[0].split())
-
     def format_commands(self, ctx: Any, formatter: Any) -> None:
+        paragraphs = {name: (command.help or "").split("\n\n")[0] for name, command in self.commands.items()}
         with formatter.section("Commands"):
-            formatter.write_dl([(name, self.line_of(name)) for name in self.list_commands(ctx)])
+            formatter.write_dl([(name, " ".join(paragraphs[name].split())) for name in self.list_commands(ctx)])
 
 
 def new_app(cls: type[TyperGroup] = Group, **settings: Any) -> typer.Typer:
@@ -133,10 +131,10 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except Stopped as stopped:
         typer.echo(str(stopped), err=True)
         return stopped.code
-    except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt):
-            typer.echo("stopped", err=True)
-            return INTERRUPTED
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        return INTERRUPTED
+    except Exception as error:
         if debug and not hasattr(error, "show"):
             raise
         return _tell(error)

@@ -89,12 +89,7 @@ def _of_system(error: Exception, file: Path) -> OSError | None:
     """What the system said: safetensors has errors of its own for it, and torch says nothing of a full disk."""
     if isinstance(error, OSError):
         return error
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) if _is_full(file.parent) else None
-
-
-def _is_full(folder: Path) -> bool:
-    """Whether less than a megabyte is free; a folder that is gone is not full."""
-    try:
-        return shutil.disk_usage(folder).free < 1 << 20
-    except OSError:
-        return False
+    with suppress(OSError):  # a folder that is gone is not full
+        if shutil.disk_usage(file.parent).free < 1 << 20:
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+    return None

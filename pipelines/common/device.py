@@ -50,8 +50,6 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: torch sees {gpus or 'no'} GPUs here, which are counted from cuda:0; use --device cpu, "
             f"or check the driver with nvidia-smi"
         )
-    if device.type == "cpu" and torch.get_num_threads() > usable_cores():  # a container's quota, from Python
-        torch.set_num_threads(usable_cores())
     return device
 
 
@@ -224,11 +222,7 @@ class Team:
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag in any process."""
-        if self.world == 1:
-            return list(flags)
-        values = torch.tensor(flags)
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.control)
-        return values.tolist()
+        return [max(values) for values in zip(*self.gather(flags), strict=True)]
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, by rank."""
@@ -253,8 +247,8 @@ def team(device: str) -> Iterator[Team]:
     if world == 1:
         yield Team(0, 1, pick_device(device))
         return
-    local = os.environ["LOCAL_RANK"]
-    own = pick_device(f"cuda:{local}" if device in ("auto", "cuda") and torch.cuda.is_available() else device)
+    own_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    own = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=PATIENCE)

@@ -116,8 +116,8 @@ def exit_code(number: int) -> int:
 POLL_S = 0.1
 PATIENCE_S = 120.0  # for a process that was asked to end: it may be saving its state
 Process = subprocess.Popen[bytes]
-Ended = tuple[tuple[str, ...], int, float]  # of a job: the command that was the last, its exit code, seconds
-Running = Generator[Process, None, Ended]
+# at its end the command of the job that was the last, its exit code, and seconds
+Running = Generator[Process, None, tuple[tuple[str, ...], int, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,30 +177,26 @@ def log_end(log: Path, most: int = 8) -> str:
 def _run(job: Job, environment: Mapping[str, str], keep_open: tuple[int, ...]) -> Running:
     """The process that runs, as often as it is asked for while there is one; then how the job ended."""
     began = time.monotonic()
+    job.log.parent.mkdir(parents=True, exist_ok=True)
     for command in job.commands:
-        process = _start(command, job.log, environment, keep_open)
+        with writing(job.log), job.log.open("ab") as log:
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            # a session of its own: Ctrl-C in the terminal reaches this process alone, which then lets them save
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                start_new_session=True,
+                pass_fds=keep_open,
+            )
         while process.poll() is None:
             yield process
         if process.returncode:
             break
     return command, process.returncode, time.monotonic() - began
-
-
-def _start(command: tuple[str, ...], file: Path, environment: Mapping[str, str], keep_open: tuple[int, ...]) -> Process:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with writing(file), file.open("ab") as log:
-        log.write(f"$ {shlex.join(command)}\n".encode())
-        log.flush()
-        # a session of its own: Ctrl-C in the terminal reaches this process alone, which then lets them save
-        return subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-            start_new_session=True,
-            pass_fds=keep_open,
-        )
 
 
 def _end(processes: Sequence[Process], stop: StopSignal) -> None:

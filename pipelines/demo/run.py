@@ -162,12 +162,10 @@ def captioned_crops(
         limit = np.array([scene.image.width, scene.image.height] * 2, np.float32)
         for box, name in zip(scene.boxes, scene.names, strict=True):
             for _ in range(2):
-                size = np.tile(box[2:] - box[:2], 2)
-                loose = np.clip(box + rng.normal(0, 0.09, 4) * size, 0, limit)
+                loose = np.clip(box + rng.normal(0, 0.09, 4) * np.tile(box[2:] - box[:2], 2), 0, limit)
                 if (loose[2:] - loose[:2] >= 8).all():
                     parts.append((scene, tuple(loose), templates[rng.integers(len(templates))].format(name)))
-        patch = _empty_patch(scene, rng)
-        if patch is not None:
+        if (patch := _empty_patch(scene, rng)) is not None:
             parts.append((scene, tuple(patch), templates[rng.integers(len(templates))].format(scene.ground)))
         if rng.random() < 0.25:
             parts.append((scene, None, scene.caption))
@@ -255,7 +253,7 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None]) -> None:
     root.mkdir(parents=True, exist_ok=True)
     (root / MARKER).touch()
     stages = _Stages(config, command)
-    _cache(stages, _world_teacher_and_proposals(stages))
+    _world_and_cache(stages)
     runs = _train_and_evaluate(stages)
     pictures = _look(stages, runs)
     rows = [
@@ -320,12 +318,13 @@ class _Stages:
             raise Stopped("stopped; the same command starts the demo anew", exit_code(stop.signals[0]))
 
 
-def _world_teacher_and_proposals(stages: _Stages) -> str:
-    """The name of the demo's CLIP."""
+def _world_and_cache(stages: _Stages) -> None:
+    """The world, its CLIP, proposals and nouns, and the cache of them all."""
     config, root, since = stages.config, stages.config.out, time.monotonic()
-    make_world(root / "world", train_images=config.train_images, val_images=config.val_images, seed=config.world_seed)
+    world = root / "world"
+    make_world(world, train_images=config.train_images, val_images=config.val_images, seed=config.world_seed)
     stages.seconds["world"] = time.monotonic() - since
-    log(f"drew {config.train_images} training and {config.val_images} validation pictures: {root / 'world'}")
+    log(f"drew {config.train_images} training and {config.val_images} validation pictures: {world}")
     teachers = config.teacher_folder or user_cache_folder() / "teachers"
     make = (
         sys.executable,
@@ -338,15 +337,10 @@ def _world_teacher_and_proposals(stages: _Stages) -> str:
     outs = ["--out", root / PROPOSALS, "--backbone-out", root / BACKBONE]
     propose = stages.job("propose", ["propose", *stages.data, "--recipe", "demo", *outs])
     stages.side_by_side([Job("teacher", (make,), root / "logs" / "teacher.log"), propose])
-    return demo_teacher(teachers)
-
-
-def _cache(stages: _Stages, clip: str) -> None:
-    root, world = stages.config.out, stages.config.out / "world"
     captions = ("--captions", world / "annotations" / "captions_train2017.json")
     names = ("--vocabulary", world / "vocabulary.txt", "--protocol", world / "protocol.toml")
     stages.run("nouns", "nouns", *captions, *names, "--parser", "match", "--out", root / "nouns.json")
-    made = ("--clip", clip, "--proposals", root / PROPOSALS, "--nouns", root / "nouns.json")
+    made = ("--clip", demo_teacher(teachers), "--proposals", root / PROPOSALS, "--nouns", root / "nouns.json")
     stages.run("extract-clip", "extract-clip", *stages.data, "--cache", root / "cache", *made)
 
 

@@ -42,8 +42,11 @@ def push(config: PushConfig) -> str:
     with hub_client(config.to) as client:
         api, ours = client.HfApi(), {*FILES, *OF_CACHE}
         api.create_repo(repo, private=not config.public, exist_ok=True, **options)
-        there = [name for name in api.list_repo_files(repo, **options) if name.split("/")[0] in ours]
-        changes = [client.CommitOperationDelete(name) for name in there if name not in files]
+        changes = [
+            client.CommitOperationDelete(name)
+            for name in api.list_repo_files(repo, **options)
+            if name.split("/")[0] in ours and name not in files
+        ]
         changes += [client.CommitOperationAdd(name, content) for name, content in written.items()]
         done = api.create_commit(repo, changes, commit_message=f"hdovd push: {config.kind}", **options)
     log(f"pushed {config.source}: {config.to}, or for good {config.to}@{done.oid}")

@@ -85,7 +85,6 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         return _relation_figures(run.name, found)
 
     cards = figures.validation_cards(runs, job.gallery, job.threshold)
-    shown = [box["score"] for card in cards for panel in card["panels"] for box in panel["boxes"]]
     pseudo, pseudo_none = figures.pseudo_boxes(runs if job.pseudo else (), training, job.pseudo)
     matrices, matrices_none = figures.of_each(runs if job.relation_images else (), relations_of)
     return {
@@ -116,7 +115,16 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         "gallery": cards,
         "gallery_none": "the gallery was left out" if not job.gallery else "there is none",
         "gallery_events": list(dict.fromkeys(event for card in cards for event in card["events"])),
-        "lowest_score": min((score for score in shown if score is not None), default=0.0),
+        "lowest_score": min(
+            (
+                box["score"]
+                for card in cards
+                for panel in card["panels"]
+                for box in panel["boxes"]
+                if box["score"] is not None
+            ),
+            default=0.0,
+        ),
         "pseudo": pseudo,
         "pseudo_none": pseudo_none if job.pseudo else ["Pseudo boxes were left out."],
         "pseudo_most": sorted({str(run.run.settings.get("pseudo_boxes.max_per_image")) for run in runs} - {"None"}),
@@ -238,9 +246,9 @@ def relations(
     if not recipe.loss.instance.enabled:
         raise HdovdError("this run has no instance level, so no student embeddings")
     cache = cache_of(run)
-    as_it_is = recipe.model_copy(update={"input": recipe.input.model_copy(update={"flip": 0.0})})
     with quiet():
-        training = TrainingSet(split, cache, as_it_is)
+        unflipped = {"input": recipe.input.model_copy(update={"flip": 0.0})}
+        training = TrainingSet(split, cache, recipe.model_copy(update=unflipped))
     batch = [training[i] for i in _telling(training, images)]
     place = pick_device(device)
     model = load_detector(run, training.dim, place, weights).eval()
