@@ -42,7 +42,7 @@ MOST_WORKERS = 16  # each holds two batches in shared memory
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises HdovdError for a device that is not there."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
+    if not re.fullmatch(r"cpu(:0)?|cuda(:(0|[1-9]\d?))?", kind):
         raise HdovdError(f"--device {name}: expected auto, cpu or cuda (or cuda:N)")
     device, gpus = torch.device(kind), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= gpus:

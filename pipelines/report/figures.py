@@ -302,13 +302,6 @@ TrainingImages = Callable[[], Split]  # raises HdovdError if they cannot be read
 LONGEST_SIDE_PX = 560
 MOST_BOXES = 40  # of one picture, and all of `threshold` or more
 TEXT_SHARE = 26  # letters are this part of the longer side high
-LOST, FOUND, MISSED, FALSE, APART = (
-    "objects missed that were found before the adaptation",
-    "novel objects found",
-    "novel objects missed",
-    "false novel detections",
-    "runs that disagree on novel objects",
-)
 
 
 def validation_cards(runs: Sequence[OneRun], count: int, threshold: float) -> list[dict[str, Any]]:
@@ -331,11 +324,15 @@ def _validation_card(runs: Sequence[OneRun], place: int, threshold: float) -> di
     panels = [_panel(run, of_image, protocol, threshold) for run, of_image in zip(runs, verdicts, strict=True)]
     labels = [d.label for of_image in verdicts for d in of_image.detections if d.score >= threshold]
     events = {
-        LOST: any(run.lost & {t.annotation_id for t in truths} for run in runs),
-        FOUND: any(panel["novel_found"] for panel in panels),
-        MISSED: any(len(panel["novel_found"]) < panel["novel"] for panel in panels),
-        FALSE: any(panel["novel_false"] for panel in panels),
-        APART: any(panel["novel_found"] != panels[0]["novel_found"] for panel in panels),
+        "objects missed that were found before the adaptation": any(
+            run.lost & {t.annotation_id for t in truths} for run in runs
+        ),
+        "novel objects found": any(panel["novel_found"] for panel in panels),
+        "novel objects missed": any(len(panel["novel_found"]) < panel["novel"] for panel in panels),
+        "false novel detections": any(panel["novel_false"] for panel in panels),
+        "runs that disagree on novel objects": any(
+            panel["novel_found"] != panels[0]["novel_found"] for panel in panels
+        ),
     }
     return _card(analysis.split, analysis.split.images[place], f"val-{place}") | {
         "classes": list(dict.fromkeys(protocol.names[label] for label in [*(t.label for t in truths), *labels])),
