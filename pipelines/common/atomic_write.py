@@ -76,13 +76,14 @@ def writing(file: Path) -> Iterator[None]:
         raise
     except Exception as error:
         cause = _of_system(error, file)
-        reason = str(error) if cause is None else system_reason(cause)
         again = (
             "; then give the command again (train: with --resume)"
             if cause is not None and cause.errno in NO_ROOM
             else ""
         )
-        raise HdovdError(f"{file} cannot be written: {reason}; what was there is whole{again}") from error
+        raise HdovdError(
+            f"{file} cannot be written: {system_reason(cause) if cause else error}; what was there is whole{again}"
+        ) from error
 
 
 def _of_system(error: Exception, file: Path) -> OSError | None:

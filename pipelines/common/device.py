@@ -88,7 +88,6 @@ def workers_a_gpu(cores: int, gpus: int) -> int:
     return min(MOST_WORKERS, max(1, cores // gpus - 1))
 
 
-SLOW = "many times slower than fp32 (docs/MACHINES.md)"
 VARIABLE = "HDOVD_PRECISION"  # what auto stands for instead: for clusters whose nodes differ
 NATIVE = {"avx512_bf16": "AVX-512-BF16", "amx_bf16": "AMX", "bf16": "bf16"}  # by Linux's names; the last one is Arm's
 
@@ -120,7 +119,9 @@ def choose(
             )
         )
     if precision is Precision.BF16 and not native:
-        line = f"{line or 'note: precision bf16'}; {why}: it is emulated, {SLOW}"
+        line = (
+            f"{line or 'note: precision bf16'}; {why}: it is emulated, many times slower than fp32 (docs/MACHINES.md)"
+        )
     return precision, line
 
 

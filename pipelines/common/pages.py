@@ -55,7 +55,6 @@ def write_page(file: Path, template: str, context: dict[str, Any]) -> None:
 WIDTH, HEIGHT = 360, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
 TICKS = 5
-INK = (47, 111, 208)  # of matrices; its opacity is the value, so that it goes with any ground
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +185,9 @@ def picture_data(picture: Image.Image, form: str = "JPEG", **options: Any) -> st
 
 def small_picture_data(picture: Image.Image, side: int) -> str:
     """A picture as a data: address, reduced to `side` pixels at most."""
-    small = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS) if max(picture.size) > side else picture
-    return picture_data(small, quality=82)
+    if max(picture.size) > side:
+        picture = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+    return picture_data(picture, quality=82)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -200,7 +200,7 @@ def ticks(low: float, high: float) -> list[float]:
 def _ink(values: np.ndarray, low: float, high: float) -> str:
     share = np.nan_to_num(np.clip((values - low) / max(high - low, 1e-12), 0, 1))
     pixels = np.empty((*values.shape, 4), np.uint8)
-    pixels[..., :3] = INK
+    pixels[..., :3] = 47, 111, 208  # its opacity is the value, so that it goes with any ground
     pixels[..., 3] = np.round(255 * share)
     return picture_data(Image.fromarray(pixels, "RGBA"), "PNG")
 

@@ -12,7 +12,6 @@ form, so every command reads it as it reads any CLIP.
 
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -84,18 +83,13 @@ def demo_teacher(folder: Path, seed: int = 0) -> str:
     log(line)
     images, captions = captioned_crops(scenes(_SCENES, seed + 1000, 0), seed)  # of its own, and none of the world's
     model = fit_clip(images, captions, seed, steps=_STEPS, in_bf16=precision is Precision.BF16)
-    partial = folder / f".{home.name}.{os.getpid()}"  # not mkdtemp's, which would be this user's alone
-    save_clip(model, partial)
-    try:
-        os.rename(partial, home)
-    except OSError:  # another demo finished first: its copy is the same
-        shutil.rmtree(partial)
+    save_clip(model, home)
     log(f"trained the demo CLIP: {home}")
     return f"local-dir:{home}"
 
 
 def save_clip(model: open_clip.CLIP, folder: Path, model_cfg: dict[str, Any] = MODEL_CFG) -> None:
-    """Write a model of `model_cfg` in open_clip's `local-dir:` form."""
+    """Write a model of `model_cfg` in open_clip's `local-dir:` form, whole when its config is there."""
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     replace_file(folder / "open_clip_model.safetensors", lambda partial: save_file(state, partial))
     write_text(

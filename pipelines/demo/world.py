@@ -24,7 +24,6 @@ from PIL import Image, ImageDraw, ImageFilter
 from hdovd.pipelines.common.atomic_write import write_picture, write_text
 
 A, B, O = 255, 128, 0  # noqa: E741
-CANVAS = 100  # drawing units a side
 _DRAWN_PX = 192  # pixels a side at which a shape is drawn before it is scaled down
 
 
@@ -219,7 +218,7 @@ def paint_object(name: str, size_px: int, rng: np.random.Generator) -> Image.Ima
 
 def _draw(strokes: list[Stroke], rng: np.random.Generator) -> Image.Image:
     """The shape as a tone map (values A, B, O), every corner moved a little."""
-    unit = _DRAWN_PX / (CANVAS + 12)
+    unit = _DRAWN_PX / (100 + 12)  # a margin of 6 all around
     image = Image.new("L", (_DRAWN_PX, _DRAWN_PX), O)
     pen = ImageDraw.Draw(image)
     for kind, tone, points, width in strokes:

@@ -45,7 +45,6 @@ LEVELS = {
     "image": "Image level",
     "val": "Validation AP",
 }
-RECALL, PRECISION = Axis("recall", 0.0, 1.0), Axis("precision", 0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +160,6 @@ def charted(run: OneRun) -> list[int]:
     return [label for label in counts if label in shown]
 
 
-def most_gained(runs: Sequence[OneRun]) -> float:
-    """The longest bar of the table of errors."""
-    groups = [run.analysis.errors.groups[group] for run in runs for group in parts(runs)]
-    return max((gain or 0.0 for errors in groups for _, gain in errors.cells()), default=0.0) or 1.0
-
-
 def facts(run: OneRun) -> list[tuple[str, str]]:
     """What made a run, and how long it took, as far as its files say."""
     record, known, git = run.folder.record(), run.run, run.run.git or {}
@@ -219,7 +212,7 @@ def _curves(what: str, runs: Sequence[OneRun], curves: Sequence[np.ndarray | Non
         Line(run.name, RECALLS.tolist(), [None] * len(RECALLS) if curve is None else curve.tolist(), place)
         for place, (run, curve) in enumerate(zip(runs, curves, strict=True))
     ]
-    return line_chart(f"precision by recall, {what}", lines, RECALL, PRECISION)
+    return line_chart(f"precision by recall, {what}", lines, Axis("recall", 0.0, 1.0), Axis("precision", 0.0, 1.0))
 
 
 def group_curves(runs: Sequence[OneRun]) -> list[tuple[str, Markup]]:

@@ -84,6 +84,8 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         log(f"{run.name}: relations of {len(found.names)} boxes")
         return _relation_figures(run.name, found)
 
+    parts = figures.parts(runs)
+    gains = [gain or 0.0 for run in runs for group in parts for _, gain in run.analysis.errors.groups[group].cells()]
     cards = figures.validation_cards(runs, job.gallery, job.threshold)
     pseudo, pseudo_none = figures.pseudo_boxes(runs if job.pseudo else (), training, job.pseudo)
     matrices, matrices_none = figures.of_each(runs if job.relation_images else (), relations_of)
@@ -102,13 +104,13 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         "ablation": figures.ablation([run.run for run in runs], [run.analysis.weights.value for run in runs]),
         "classes": figures.class_rows(runs, {name for card in cards for name in card["classes"]}),
         "groups": shown_groups(first.protocol),
-        "parts": figures.parts(runs),
+        "parts": parts,
         "charted": len(figures.charted(runs[0])),
         "metric": METRICS[first.protocol.metric],
         "curves": figures.group_curves(runs),
         "class_curves": figures.class_curves(runs),
         "error_kinds": ERRORS,
-        "most_gained": figures.most_gained(runs),
+        "most_gained": max(gains, default=0.0) or 1.0,
         "threshold": job.threshold,
         "reliability": figures.reliability(runs),
         "losses": figures.losses(runs),

@@ -221,7 +221,6 @@ ALLOWED = {
     "pipelines/export/model.py _write_onnx": "given to replace_file",
     "pipelines/export/model.py save_traced": "given to replace_file",
     "pipelines/export/model.py _write_safetensors": "given to replace_file",
-    "pipelines/demo/run.py demo_teacher": "a folder that gets its name when it is whole",
     "pipelines/common/tensors.py save_tensors": "given to replace_file",
     "cache/picture_files.py write_files": "in memory",
     "cache/tar_shards.py to_bytes": "in memory",
