@@ -206,8 +206,7 @@ def telling_pictures(world: Path, novel: tuple[str, ...]) -> list[Path]:
 
 def image_with_most_proposals(proposals: Path) -> int:
     """Of equals the first in the file."""
-    counts = Counter(int(entry["image_id"]) for entry in json.loads(proposals.read_text()))
-    return counts.most_common(1)[0][0]
+    return Counter(int(entry["image_id"]) for entry in json.loads(proposals.read_text())).most_common(1)[0][0]
 
 
 def small_pictures(detections: list[Path], view: Path, out: Path) -> list[Path]:
@@ -254,10 +253,12 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None]) -> None:
         Row(name, (), scores_of(dict(enumerate(map(read_run, of_seeds)))), len(of_seeds))
         for name, of_seeds in runs.items()
     ]
-    note = "AP50 in percent, mean over seeds (sample standard deviation): of a drawn world, not of COCO."
     spent = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in stages.seconds.items())
     log(
-        f"\n{markdown(AblationTable((), rows, note))}",
+        "",
+        markdown(
+            AblationTable((), rows, "AP50 in percent, mean (deviation) over seeds, of a drawn world, not of COCO.")
+        ),
         f"seconds: {spent}; {time.monotonic() - began:.0f} in all, for some ran side by side",
         "pictures (detections with novel classes in orange; what the cache knows):",
         *(f"  {picture}" for picture in pictures),
@@ -286,8 +287,11 @@ class _Stages:
 
     def job(self, stage: str, *command_lines: Sequence[object]) -> Job:
         """Command lines of hdovd for a process of their own, one after the other."""
-        lines = tuple((sys.executable, "-m", "hdovd", *map(str, words)) for words in command_lines)
-        return Job(stage, lines, self.config.out / "logs" / f"{stage}.log")
+        return Job(
+            stage,
+            tuple((sys.executable, "-m", "hdovd", *map(str, words)) for words in command_lines),
+            self.config.out / "logs" / f"{stage}.log",
+        )
 
     def side_by_side(self, jobs: list[Job]) -> None:
         """A training on one core does more than half of one on two: two at a time are sooner done than one after the
@@ -295,8 +299,13 @@ class _Stages:
 
         Raises HdovdError for a job that fails, with the end of its log, and Stopped if a signal came.
         """
-        lines = [words for job in jobs for words in job.commands]
-        log(*(f"\n$ hdovd {shlex.join(w[3:])}" if w[1] == "-m" else f"\n$ {shlex.join(w)}" for w in lines))
+        log(
+            *(
+                f"\n$ hdovd {shlex.join(words[3:])}" if words[1] == "-m" else f"\n$ {shlex.join(words)}"
+                for job in jobs
+                for words in job.commands
+            )
+        )
         count = min(len(jobs), usable_cores())
         log(f"\n{count} at a time; what they print is in " + " ".join(shlex.quote(str(job.log)) for job in jobs))
 
@@ -328,9 +337,18 @@ def _world_and_cache(stages: _Stages) -> None:
         "with lines_to(print): demo_teacher(pathlib.Path(sys.argv[1]))",
         str(teachers),
     )
-    outs = ["--out", root / PROPOSALS, "--backbone-out", root / BACKBONE]
-    propose = stages.job("propose", ["propose", *stages.data, "--recipe", "demo", *outs])
-    stages.side_by_side([Job("teacher", (make,), root / "logs" / "teacher.log"), propose])
+    propose = [
+        "propose",
+        *stages.data,
+        "--recipe",
+        "demo",
+        "--out",
+        root / PROPOSALS,
+        "--backbone-out",
+        root / BACKBONE,
+    ]
+    teacher = Job("teacher", (make,), root / "logs" / "teacher.log")
+    stages.side_by_side([teacher, stages.job("propose", propose)])
     captions = ("--captions", world / "annotations" / "captions_train2017.json")
     names = ("--vocabulary", world / "vocabulary.txt", "--protocol", world / "protocol.toml")
     stages.run("nouns", "nouns", *captions, *names, "--parser", "match", "--out", root / "nouns.json")
@@ -343,8 +361,8 @@ def _train_and_evaluate(stages: _Stages) -> dict[str, list[Path]]:
     root, jobs, seeds = stages.config.out, list[Job](), range(stages.config.seeds)
     runs = {name: [root / "runs" / f"{name}-seed{seed}" for seed in seeds] for name in (BASE_ONLY, DISTILLED)}
     for seed in seeds:
-        settings = (f"train.seed={seed}", f"detector.backbone.weights={root / BACKBONE}", *stages.config.settings)
-        sets = [word for setting in settings for word in ("--set", setting)]
+        own = (f"train.seed={seed}", f"detector.backbone.weights={root / BACKBONE}")
+        sets = [word for setting in (*own, *stages.config.settings) for word in ("--set", setting)]
         for variant, preset in ((BASE_ONLY, ["--preset", BASE_ONLY]), (DISTILLED, [])):
             out = runs[variant][seed]
             words = ["--cache", root / "cache", "--recipe", "demo", *preset, *sets]

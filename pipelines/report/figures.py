@@ -247,8 +247,12 @@ def reliability(runs: Sequence[OneRun]) -> Iterator[tuple[str, Markup, str]]:
             lines.append(Line(run.name, scores, right, place, dots=True))
             error = "no detections" if found.calibration_error is None else f"{found.calibration_error:.3f}"
             errors.append(f"{run.name} {error}" if len(runs) > 1 else error)
-        title = f"share of right detections by score, {group} classes"
-        chart = line_chart(title, lines, Axis("score", 0.0, 1.0), Axis("right", 0.0, 1.0))
+        chart = line_chart(
+            f"share of right detections by score, {group} classes",
+            lines,
+            Axis("score", 0.0, 1.0),
+            Axis("right", 0.0, 1.0),
+        )
         yield f"{group} classes", chart, "ECE " + "; ".join(errors)
 
 
@@ -393,8 +397,11 @@ def pseudo_boxes(
         if (same := parts.get((run.run.cache_id, weight))) is not None:
             same["names"].append(run.name)
             return
-        cards = _pseudo_cards(run, training, count, weight, f"train{len(parts)}")
-        parts[run.run.cache_id, weight] = {"names": [run.name], "weight": weight, "cards": cards}
+        parts[run.run.cache_id, weight] = {
+            "names": [run.name],
+            "weight": weight,
+            "cards": _pseudo_cards(run, training, count, weight, f"train{len(parts)}"),
+        }
         yield parts[run.run.cache_id, weight]
 
     return of_each(runs, make)

@@ -264,7 +264,6 @@ def relations(
     names, pseudo = _names(found.targets, cache, protocol)
     order = sorted(range(len(found.box)), key=lambda k: (bool(pseudo[found.box[k]]), names[found.box[k]]))
     q, e, box = found.q[order], teacher[order], found.box[order].tolist()
-    loss = float(relation_loss(q, e, recipe.loss.instance.relation_tau, recipe.loss.instance.relation_temperature))
     of_teacher, of_student = ((rows @ rows.T).cpu().numpy() for rows in (e, q))
     return Relations(
         ids,
@@ -273,7 +272,7 @@ def relations(
         of_teacher,
         of_student,
         _correlation(of_teacher, of_student),
-        loss,
+        float(relation_loss(q, e, recipe.loss.instance.relation_tau, recipe.loss.instance.relation_temperature)),
     )
 
 
