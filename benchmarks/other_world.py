@@ -29,7 +29,7 @@ from PIL import Image, ImageFilter
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.name_list import shipped
 from hdovd.pipelines.common.process import limit_threads
-from hdovd.pipelines.demo.teacher import captioned_crops, fit_clip, save_clip
+from hdovd.pipelines.demo.run import captioned_crops, fit_clip, save_clip
 from hdovd.pipelines.demo.world import Scene, scenes, write_instances
 from hdovd.pipelines.teachers.openclip import load_clip
 

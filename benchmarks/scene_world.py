@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from hdovd.pipelines.common.process import limit_threads
-from hdovd.pipelines.demo.teacher import MODEL_CFG as DEMO_CFG, TEMPLATES, captioned_crops, fit_clip, save_clip
+from hdovd.pipelines.demo.run import MODEL_CFG as DEMO_CFG, TEMPLATES, captioned_crops, fit_clip, save_clip
 from hdovd.pipelines.demo.world import Scene, any_class, draw_scene as draw_demo_scene, make_world, scenes
 
 OWN = {

@@ -56,7 +56,7 @@ def tiny_clip(folder: Path) -> str:
     """The name of a CLIP of the demo's size with random weights, saved in `folder`."""
     import open_clip
 
-    from hdovd.pipelines.demo.teacher import MODEL_CFG, save_clip
+    from hdovd.pipelines.demo.run import MODEL_CFG, save_clip
 
     clip = folder / "clip"
     clip.mkdir()

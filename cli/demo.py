@@ -11,7 +11,7 @@ from hdovd.pipelines.demo.config import DemoConfig
 @command
 def demo(config: DemoConfig, context: typer.Context) -> None:
     """Prints every command before it runs, so that you can repeat it by hand. Minutes on two CPU cores."""
-    from hdovd.pipelines.demo.run import demo as run, demo_table
+    from hdovd.pipelines.demo.run import demo as run
 
     root = context.find_root().command
 
@@ -19,11 +19,4 @@ def demo(config: DemoConfig, context: typer.Context) -> None:
         with suppress(typer.Exit), root.make_context("hdovd", words) as inner:
             root.invoke(inner)
 
-    result = run(config, call)
-    lines = [
-        f"\n{demo_table(result)}",
-        "pictures (detections with novel classes in orange; what the cache knows):",
-        *(f"  {picture}" for picture in result.pictures),
-        f"report, one page about all runs: {result.report}",
-    ]
-    typer.echo("\n".join(lines))
+    run(config, call)

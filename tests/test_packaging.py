@@ -249,7 +249,7 @@ def test_only_extraction_and_the_demo_teacher_import_clip() -> None:
         for _, m in _imports(f)
         if _under(m, "open_clip")
     }
-    assert found == {"pipelines/teachers/openclip.py", "pipelines/teachers/dense.py", "pipelines/demo/teacher.py"}
+    assert found == {"pipelines/teachers/openclip.py", "pipelines/teachers/dense.py", "pipelines/demo/run.py"}
 
 
 @pytest.mark.parametrize("folder", ["hdovd", *LINKED, "tests"])

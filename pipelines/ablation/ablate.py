@@ -38,7 +38,7 @@ from hdovd.pipelines.ablation.grid import (
     with_gap,
     write_tables,
 )
-from hdovd.pipelines.common.process import Job, log_end, run_jobs, stop_signals, usable_cores
+from hdovd.pipelines.common.process import Job, StopSignal, log_end, run_jobs, usable_cores
 from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.runs.folder import RunFolder, init_hash
 from hdovd.pipelines.runs.listing import ORACLE, read_run
@@ -219,7 +219,7 @@ def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], lock:
             log(f"{count}: {seconds:.0f} s" + ("" if novel is None else f", novel {METRICS[run.metric]} {novel:.1f}"))
         write_tables(_table(config, plans), config.out)
 
-    with stop_signals() as stop:
+    with StopSignal() as stop:
         at = places(config, len(jobs))
         log(f"{len(jobs)} to do, {len(at)} at a time; what each prints is in {config.out}/CELL/seedK.log")
         run_jobs(jobs, at, on_end, stop, [lock])

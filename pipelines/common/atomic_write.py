@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -18,8 +17,6 @@ from hdovd.core.errors import NO_ROOM, HdovdError, system_reason
 
 if TYPE_CHECKING:
     from PIL import Image
-
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors says it
 
 
 def replace_file(file: Path, write: Callable[[Path], object], *, writer: str = "", durable: bool = True) -> None:
@@ -42,10 +39,22 @@ def replace_file(file: Path, write: Callable[[Path], object], *, writer: str = "
         return
     with writing(file):
         target = Path(os.path.realpath(file))
+        partial = target.with_name(f".{target.name[-60:]}{writer and '.'}{writer}.partial")  # 255 bytes at most
         target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(
-            target, target.with_name(f".{target.name[-60:]}{writer and '.'}{writer}.partial"), write, durable
-        )  # 255 bytes at most
+        try:
+            partial.unlink(missing_ok=True)
+            partial.touch()
+            mode = partial.stat().st_mode  # as the umask and the folder have it: safetensors has its own
+            write(partial)
+            if partial.stat().st_mode != mode:
+                partial.chmod(mode)
+            if durable:
+                with partial.open("rb+") as written:
+                    os.fsync(written.fileno())
+            os.replace(partial, target)
+        finally:
+            with suppress(OSError):  # the folder may be read-only, as the error says then
+                partial.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -67,46 +76,21 @@ def writing(file: Path) -> Iterator[None]:
         raise
     except Exception as error:
         cause = _of_system(error, file)
-        reason = str(error) if cause is None else system_reason(cause)
         again = (
             "; then give the command again (train: with --resume)"
             if cause is not None and cause.errno in NO_ROOM
             else ""
         )
-        raise HdovdError(f"{file} cannot be written: {reason}; what was there is whole{again}") from error
-
-
-def _replace(file: Path, partial: Path, write: Callable[[Path], object], durable: bool) -> None:
-    try:
-        partial.unlink(missing_ok=True)
-        partial.touch()
-        mode = (
-            partial.stat().st_mode
-        )  # as the umask and the folder have it; safetensors makes files that nobody else may read
-        write(partial)
-        if partial.stat().st_mode != mode:
-            partial.chmod(mode)
-        if durable:
-            with partial.open("rb+") as written:
-                os.fsync(written.fileno())
-        os.replace(partial, file)
-    finally:
-        with suppress(OSError):  # the folder may be read-only, as the error says then
-            partial.unlink(missing_ok=True)
+        raise HdovdError(
+            f"{file} cannot be written: {system_reason(cause) if cause else error}; what was there is whole{again}"
+        ) from error
 
 
 def _of_system(error: Exception, file: Path) -> OSError | None:
     """What the system said: safetensors has errors of its own for it, and torch says nothing of a full disk."""
     if isinstance(error, OSError):
         return error
-    found = _OS_ERROR.search(str(error))
-    number = int(found[1]) if found else errno.ENOSPC if _is_full(file.parent) else 0
-    return OSError(number, os.strerror(number), str(file)) if number else None
-
-
-def _is_full(folder: Path) -> bool:
-    """Whether less than a megabyte is free; a folder that is gone is not full."""
-    try:
-        return shutil.disk_usage(folder).free < 1 << 20
-    except OSError:
-        return False
+    with suppress(OSError):  # a folder that is gone is not full
+        if shutil.disk_usage(file.parent).free < 1 << 20:
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+    return None

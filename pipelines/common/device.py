@@ -14,6 +14,7 @@ fp32: a CPU gains little, and a result is kept exact. What is recorded is never 
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,24 +41,15 @@ MOST_WORKERS = 16  # each holds two batches in shared memory
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises HdovdError for a device that is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if not re.fullmatch(r"cpu(:0)?|cuda(:(0|[1-9]\d?))?", kind):
         raise HdovdError(f"--device {name}: expected auto, cpu or cuda (or cuda:N)")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    device, gpus = torch.device(kind), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
         raise HdovdError(
-            f"--device {name}: torch sees no GPU here; use --device cpu, or check the driver with nvidia-smi"
+            f"--device {name}: torch sees {gpus or 'no'} GPUs here, which are counted from cuda:0; use --device cpu, "
+            f"or check the driver with nvidia-smi"
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise HdovdError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here, which are counted from cuda:0"
-        )
-    if (
-        device.type == "cpu" and torch.get_num_threads() > usable_cores()
-    ):  # a container's quota; a program that is not `hdovd.cli.main`
-        torch.set_num_threads(usable_cores())
     return device
 
 
@@ -96,9 +88,8 @@ def workers_a_gpu(cores: int, gpus: int) -> int:
     return min(MOST_WORKERS, max(1, cores // gpus - 1))
 
 
-SLOW = "many times slower than fp32 (docs/MACHINES.md)"
 VARIABLE = "HDOVD_PRECISION"  # what auto stands for instead: for clusters whose nodes differ
-X86 = {"avx512_bf16": "AVX-512-BF16", "amx_bf16": "AMX"}
+NATIVE = {"avx512_bf16": "AVX-512-BF16", "amx_bf16": "AMX", "bf16": "bf16"}  # by Linux's names; the last one is Arm's
 
 
 def choose(
@@ -128,7 +119,9 @@ def choose(
             )
         )
     if precision is Precision.BF16 and not native:
-        line = f"{line or 'note: precision bf16'}; {why}: it is emulated, {SLOW}"
+        line = (
+            f"{line or 'note: precision bf16'}; {why}: it is emulated, many times slower than fp32 (docs/MACHINES.md)"
+        )
     return precision, line
 
 
@@ -157,17 +150,12 @@ def cpu_bf16(features: set[str] | None, capability: str, onednn_limit: str) -> t
         features: as `cpu_features`. capability: what torch's own kernels use. onednn_limit: what oneDNN's may use;
         empty for everything.
     """
-    if features is None:
-        return False, "this CPU does not say whether it has bf16"
-    known = [name for feature, name in X86.items() if feature in features]
-    if "bf16" in features:  # Arm
-        return True, "this CPU has bf16"
+    known = [name for feature, name in NATIVE.items() if feature in (features or ())]
     if not known:
-        return False, f"this CPU has no bf16 of its own ({capability})"
-    limit = onednn_limit.upper()
-    if not capability.startswith(("AVX512", "AVX10")) or (
-        limit and not any(part in limit for part in ("BF16", "AMX", "AVX10", "DEFAULT"))
-    ):
+        unknown = "this CPU does not say whether it has bf16"
+        return False, unknown if features is None else f"this CPU has no bf16 of its own ({capability})"
+    limited = onednn_limit and not any(p in onednn_limit.upper() for p in ("BF16", "AMX", "AVX10", "DEFAULT"))
+    if "bf16" not in known and (limited or not capability.startswith(("AVX512", "AVX10"))):
         return False, f"torch is held to {capability} here, without bf16"
     return True, f"this CPU has {' and '.join(known)}"
 
@@ -235,11 +223,7 @@ class Team:
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag in any process."""
-        if self.world == 1:
-            return list(flags)
-        values = torch.tensor(flags)
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.control)
-        return values.tolist()
+        return [max(values) for values in zip(*self.gather(flags), strict=True)]
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, by rank."""
@@ -264,8 +248,8 @@ def team(device: str) -> Iterator[Team]:
     if world == 1:
         yield Team(0, 1, pick_device(device))
         return
-    local = os.environ["LOCAL_RANK"]
-    own = pick_device(f"cuda:{local}" if device in ("auto", "cuda") and torch.cuda.is_available() else device)
+    own_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    own = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=PATIENCE)

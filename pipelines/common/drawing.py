@@ -2,12 +2,11 @@
 
 Pillow, and not torchvision's `draw_bounding_boxes`: that one puts no ground behind
 its labels at the oldest torchvision that hdovd supports, and has no font of its own that can be set larger. Pillow's
-own font has the letters of English and its neighbours; for others the system is asked.
+own font has the letters of English and its neighbours; for others common fonts are tried.
 """
 
-import shutil
-import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,16 +14,30 @@ from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _NO_CHARACTER = "\U0010ffff"  # which no font has: it is drawn as what stands for a missing one
-_COMMON = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf")
+_COMMON = (
+    "DejaVuSans.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "NotoSans-Regular.ttf",
+    "NotoSansArabic-Regular.ttf",
+    "NotoSansDevanagari-Regular.ttf",
+    "NotoSansThai-Regular.ttf",
+    "Arial Unicode.ttf",
+    "Arial.ttf",
+)
 
 
 def label_font(text: str, size: int) -> Font:
-    """Pillow's own font, or where it lacks a character of `text` the first found that has them all; its own again if
-    none has.
+    """Pillow's own font, or where it lacks a character of `text` the first common one of the system's that has them
+    all; its own again if none has.
     """
-    own = _own(size)
-    unknown = frozenset(character for character in text if not character.isspace() and not _has(own, character))
-    return own if not unknown else _system_font(unknown, size) or own
+    own = _font("", size)
+    able = (
+        font
+        for font in (_font(name, size) for name in ("", *_COMMON))
+        if all(_has(font, character) for character in text if not character.isspace())
+    )
+    return next(able, own)
 
 
 def cut_label(text: str, width: float, size: int) -> str:
@@ -36,47 +49,20 @@ def cut_label(text: str, width: float, size: int) -> str:
     return next((cut for cut in fitting if font.getlength(cut) <= width), "...")
 
 
-@lru_cache(maxsize=32)
-def _own(size: int) -> Font:
+@lru_cache(maxsize=256)
+def _font(name: str, size: int) -> Font:
+    """Pillow's own without a name, and for one that is not here."""
+    with suppress(OSError):
+        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
     return ImageFont.load_default(size)
 
 
 @lru_cache(maxsize=4096)
 def _has(font: Font, character: str) -> bool:
-    if ord(character) < 128 or not isinstance(
-        font, ImageFont.FreeTypeFont
-    ):  # without FreeType there is one font, and no choice
+    if ord(character) < 128 or not isinstance(font, ImageFont.FreeTypeFont):  # without FreeType there is one font
         return True
     mask, missing = font.getmask(character), font.getmask(_NO_CHARACTER)
     return mask.size != missing.size or bytes(mask) != bytes(missing)
-
-
-@lru_cache(maxsize=256)
-def _system_font(characters: frozenset[str], size: int) -> Font | None:
-    for name, face in (*_by_fontconfig(characters), *((name, 0) for name in _COMMON)):
-        try:
-            font = ImageFont.truetype(name, size, face)
-        except OSError:  # not here, or a kind that FreeType does not draw
-            continue
-        if all(_has(font, character) for character in characters):
-            return font
-    return None
-
-
-@lru_cache(maxsize=256)
-def _by_fontconfig(characters: frozenset[str]) -> tuple[tuple[str, int], ...]:
-    """What fontconfig, where there is one, names for these characters: file and face."""
-    if shutil.which("fc-match") is None:
-        return ()
-    wanted = ":charset=" + " ".join(f"{ord(character):x}" for character in sorted(characters))
-    try:
-        found = subprocess.run(
-            ["fc-match", "-f", "%{file}\t%{index}", wanted], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    file, _, face = found.stdout.partition("\t")
-    return ((file, int(face) & 0xFFFF),) if face.isdigit() else ()  # the upper half numbers variations
 
 
 Colour = tuple[int, int, int]

@@ -1,4 +1,5 @@
-"""The one way to read a picture: RGB of 8 bits a channel, upright, whatever the file holds.
+"""The one way to read a picture: RGB of 8 bits a channel, upright, whatever the file holds; and which pictures and
+videos a command is to look at: files, folders, patterns, standard input, streams.
 
 - **EXIF orientation**: `detect` turns every file upright. Of a data set, the annotated size decides: what fits it
   turned alone is turned, what fits it as stored alone is not; where both fit (orientations 2 to 4, and squares) the
@@ -9,21 +10,28 @@
   their own, are stretched from their lowest to their highest value.
 """
 
+import glob
 import io
 import math
 import os
+import re
+from codecs import BOM_UTF8
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from hdovd.core.errors import HdovdError
-from hdovd.core.picture_header import open_picture, orientation_of, told
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
+from hdovd.core.picture_header import ENDINGS, open_picture, orientation_of, told
 from hdovd.data.coco import Exif, ImageBoxes, Split
 
 if "PILLOW_BLOCKS_MAX" not in os.environ:
@@ -74,13 +82,12 @@ def read_annotated(
         orientation, kind = orientation_of(file), file.format
         turned = file.size[::-1] if orientation >= 5 else file.size
         if (width, height) not in (file.size, turned):
-            stored = f"{file.width}x{file.height}"
             by_exif = (
                 f" ({turned[0]}x{turned[1]} as its EXIF orientation {orientation} turns it)"
                 if turned != file.size
                 else ""
             )
-            raise HdovdError(f"is {stored}{by_exif}, the annotation says {width}x{height}")
+            raise HdovdError(f"is {file.width}x{file.height}{by_exif}, the annotation says {width}x{height}")
         either = orientation != 1 and turned == file.size
         if orientation != 1 and (exif is Exif.APPLY if either else (width, height) == turned):
             ImageOps.exif_transpose(file, in_place=True)
@@ -122,8 +129,7 @@ def decode(picture: AnyPicture) -> Decoded:
     Raises HdovdError if it cannot be read, or is none of these.
     """
     if isinstance(picture, Tensor | np.ndarray):
-        image = Image.fromarray(_array(picture))
-        return _reduced(image, *image.size)
+        picture = Image.fromarray(_array(picture))
     if not isinstance(picture, Path | str | bytes | Image.Image):
         raise HdovdError(
             f"a picture is a path, a PIL image, a (3, h, w) uint8 tensor or a (h, w, 3) uint8 array, not a "
@@ -132,23 +138,14 @@ def decode(picture: AnyPicture) -> Decoded:
     with told(str(picture) if isinstance(picture, Path | str) else "the picture"):
         if isinstance(picture, Image.Image):
             return _reduced(picture, *picture.size)
-        return _read(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
-
-
-def _read(source: Any) -> Decoded:
-    with open_picture(source) as file:
-        whole = file.size
-        if (factor := _factor(*whole)) > 1:
-            file.draft(
-                None, (whole[0] // factor, whole[1] // factor)
-            )  # a JPEG is decoded at 1/2, 1/4 or 1/8; others ignore it
-        drafted, orientation = file.size != whole, orientation_of(file)
-        file.load()
-        with suppress(Exception):
-            ImageOps.exif_transpose(file, in_place=True)
-        if not drafted:
-            return _reduced(file, *file.size)
-        return _reduced(file, *(reversed(whole) if orientation >= 5 else whole))
+        with open_picture(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as file:
+            whole, factor = file.size, _factor(*file.size)
+            file.draft(None, (whole[0] // factor, whole[1] // factor))  # a JPEG is decoded at 1/2, 1/4 or 1/8
+            file.load()
+            lies = orientation_of(file) >= 5
+            with suppress(Exception):
+                ImageOps.exif_transpose(file, in_place=True)
+            return _reduced(file, *(whole[::-1] if lies else whole))
 
 
 def _factor(width: int, height: int) -> int:
@@ -204,3 +201,155 @@ def _array(picture: Tensor | np.ndarray) -> np.ndarray:
             f"{tuple(picture.shape)} {picture.dtype}"
         )
     return np.ascontiguousarray(array)
+
+
+STANDARD_INPUT = "-"
+VIDEO_ENDINGS = frozenset(
+    [
+        ".mp4",
+        ".m4v",
+        ".mov",
+        ".mkv",
+        ".webm",
+        ".avi",
+        ".mpg",
+        ".mpeg",
+        ".ts",
+        ".mts",
+        ".m2ts",
+        ".wmv",
+        ".flv",
+        ".ogv",
+        ".3gp",
+    ]
+)
+_MPEG_TS = re.compile(rb"(?s)(?:\x47.{187}){4}\x47|(?:\x47.{191}){4}\x47")  # packets; of camcorders with a time each
+_CAMERA = re.compile(r"(?:camera:|/dev/video)(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFile:
+    """`name`: what it is called to the user. `data`: the picture itself, where it came by standard input. `url`: of a
+    stream, with user, password and query, which the name leaves out; or `camera:0`.
+    """
+
+    path: Path
+    data: bytes | None = None
+    url: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        return self.url is None and self.data is None
+
+    @property
+    def name(self) -> str:
+        if self.url is not None:
+            url = urlsplit(self.url)
+            return url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        return "standard input" if self.data is not None else str(self.path)
+
+    @property
+    def is_video(self) -> bool:
+        """By the ending; a file whose ending TypeScript has too by what is in it."""
+        ending = self.path.suffix.lower()
+        if self.url is None and ending in (".ts", ".mts") and self.path.is_file():
+            with suppress(OSError), self.path.open("rb") as file:  # who reads it says why it cannot be
+                return _MPEG_TS.search(file.read(1 << 16)) is not None
+        return self.url is not None or ending in VIDEO_ENDINGS
+
+
+def find_pictures(
+    words: Sequence[str], stdin: BinaryIO | None, leave_out: Path, *, videos: bool = False
+) -> list[PictureFile]:
+    """The pictures that `words` name, in that order, each once. What is in the folder `leave_out` is not among them.
+
+    A word is a file, whatever it is called; a folder, of which all picture files are taken, those of its folders too,
+    sorted, but hidden ones; a pattern with `*`, `?`, `[...]` or `**`, of which all files are taken; or `-` for `stdin`:
+    paths, one a line or with NUL between them, or the bytes of one picture; or a stream, `rtsp://...`, or a camera,
+    `camera:0`. `videos`: those of folders too.
+
+    Raises HdovdError for a word that gives nothing.
+    """
+    what, inside = "pictures or videos" if videos else "pictures", leave_out.resolve()
+    named = [picture for word in words for picture in _named(word, stdin, what, videos)]
+    others = [one for one in named if not (one.is_file and one.path.resolve().is_relative_to(inside))]
+    found: dict[str, PictureFile] = {}
+    for picture in others:
+        found.setdefault(os.path.abspath(picture.path) if picture.is_file else picture.url or STANDARD_INPUT, picture)
+    if twice := len(others) - len(found):
+        log(f"note: {what} that are named more than once, and taken once: {twice}")
+    if own := len(named) - len(others):
+        log(f"note: {what} left out, since they are in {leave_out}, where the results go: {own}")
+    if not found:
+        raise HdovdError(f"no {what}: name files, folders, patterns such as 'photos/**/*.jpg', or - for standard input")
+    return list(found.values())
+
+
+def _named(word: str, stdin: BinaryIO | None, what: str, videos: bool) -> list[PictureFile]:
+    """Raises HdovdError if there are none."""
+    named = list(_of_stdin(stdin) if word == STANDARD_INPUT else _of_word(word, videos))
+    if not named:
+        raise HdovdError(f"{'standard input' if word == STANDARD_INPUT else printable(word)}: no {what} there")
+    return named
+
+
+def printable(name: str) -> str:
+    """A path as it can be printed: names of files need not be text."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def _of_word(word: str, videos: bool) -> Iterator[PictureFile]:
+    path = Path(word)
+    if camera := _CAMERA.fullmatch(word):
+        yield PictureFile(Path(f"camera{camera[1]}"), url=f"camera:{camera[1]}")
+    elif re.match(r"\w+://", word):
+        try:
+            address = urlsplit(word)
+        except ValueError as error:
+            raise HdovdError(f"{printable(word)}: no address ({error})") from error
+        yield PictureFile(Path(address.path.strip("/") or f"{address.hostname or 'stream'}.live"), url=word)
+    elif path.is_dir():
+        yield from _of_folder(path, videos)
+    elif path.exists():
+        yield PictureFile(path)
+    elif glob.has_magic(word):
+        yield from (
+            PictureFile(Path(name)) for name in sorted(glob.iglob(word, recursive=True)) if os.path.isfile(name)
+        )
+    else:
+        raise HdovdError(f"{printable(word)}: no such file or folder")
+
+
+def _of_folder(folder: Path, videos: bool) -> Iterator[PictureFile]:
+    others = Counter[str]()  # videos among them
+    for place, folders, files in os.walk(folder, onerror=lambda error: log(f"note: {error}: that folder is left out")):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in files if not name.startswith(".")):
+            ending, found = os.path.splitext(name)[1].lower(), PictureFile(Path(place, name))
+            if ending in ENDINGS or (videos and found.is_video):
+                yield found
+            else:
+                others[ending or "(none)"] += found.is_video
+    if others:
+        log(
+            f"note: files in {printable(str(folder))} with these endings are no pictures{' or videos' * videos}, and "
+            f"left out: {shorten(sorted(others))}"
+            + ("; hdovd detect reads videos with pip install 'hdovd[video]'" if others.total() else "")
+        )
+
+
+def _of_stdin(stdin: BinaryIO | None) -> Iterator[PictureFile]:
+    data = b"" if stdin is None else stdin.read()
+    if _is_picture(data):
+        yield PictureFile(Path("stdin"), data)
+        return
+    data = data.removeprefix(BOM_UTF8)
+    for line in data.split(b"\0" if b"\0" in data else b"\n"):
+        if name := line.strip(b"\r\n"):
+            yield PictureFile(Path(os.fsdecode(name)))
+
+
+def _is_picture(data: bytes) -> bool:
+    with suppress(Exception), open_picture(io.BytesIO(data)):  # else a list of paths, or nothing
+        return True
+    return False

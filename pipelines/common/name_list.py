@@ -50,14 +50,11 @@ def names_asked(text: str) -> tuple[str, ...]:
     elif is_file(text):
         raise HdovdError(f"--classes {text} is a file: give @{text} for the names in it, one a line")
     else:
-        names = [" ".join(name.split()) for name in text.split(",")]
-        if empty := names.count(""):
-            if empty == len(names):
-                raise HdovdError(f"--classes {text!r} names nothing: expected names with commas between them, or @FILE")
-            log(f"note: --classes: {empty} empty name{'s' * (empty > 1)} left out")
-    for name in filter(None, names):
-        checked_name(name, "--classes: a name")
+        asked = (" ".join(name.split()) for name in text.split(",") if name.strip())
+        names = [checked_name(name, "--classes: a name") for name in asked]
+        if not names:
+            raise HdovdError(f"--classes {text!r} names nothing: expected names with commas between them, or @FILE")
     first: dict[str, str] = {}
-    if twice := [name for name in names if name and first.setdefault(name.casefold(), name) is not name]:
+    if twice := [name for name in names if first.setdefault(name.casefold(), name) is not name]:
         log(f"note: --classes: named twice, taken once: {shorten(list(twice))}")
     return tuple(first.values())

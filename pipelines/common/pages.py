@@ -1,5 +1,5 @@
 """Pages: one HTML file each that needs nothing else, made of a template in `pipelines/pages` with the style and script
-that all pages have; and charts for them as SVG text: lines over a number axis, and matrices.
+that all pages have; and charts for them as SVG, of the macros in `charts.xml`: lines over a number axis, and matrices.
 
 A chart's colours are the page's CSS variables, so that it is light or dark with its page; what it shows is
 in its data attribute as well, from which the page's script says the values under the pointer or at the arrow keys.
@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from PIL import Image, ImageOps
 
 from hdovd.core import __version__
@@ -31,20 +31,19 @@ CONTENT_POLICY = Markup(
 )
 
 
+_ENVIRONMENT = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.PackageLoader("hdovd", "pipelines/pages")
+)
+
+
 def page(template: str, context: dict[str, Any]) -> str:
     """A template with what all pages have: `css`, `js`, `policy`, `version`. What is not Markup is escaped: names may
     hold anything.
     """
     folder = resources.files("hdovd").joinpath("pipelines", "pages")
-
-    def text(name: str) -> str:
-        return folder.joinpath(name).read_text(encoding="utf-8")
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False, loader=jinja2.FunctionLoader(text)
-    )
-    own = {"css": Markup(text("page.css")), "js": Markup(text("page.js")), "policy": CONTENT_POLICY}
-    return environment.get_template(template).render(own | context, version=__version__)
+    css, js = (Markup(folder.joinpath(name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
+    own = {"css": css, "js": js, "policy": CONTENT_POLICY, "version": __version__}
+    return _ENVIRONMENT.get_template(template).render(own | context)
 
 
 def write_page(file: Path, template: str, context: dict[str, Any]) -> None:
@@ -56,7 +55,6 @@ def write_page(file: Path, template: str, context: dict[str, Any]) -> None:
 WIDTH, HEIGHT = 360, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
 TICKS = 5
-INK = (47, 111, 208)  # of matrices; its opacity is the value, so that it goes with any ground
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,37 +97,36 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
     def up(value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - y_low) / (y_high - y_low)
 
-    parts = [
-        *(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
-            f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
-            for tick in ticks(y_low, y_high)
-        ),
-        *(
-            f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>'
-            for tick in ticks(x_low, x_high)
-        ),
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x.label)}</text>',  # noqa: E501
-        f'<text class="axis" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2}" y="11" text-anchor="middle">'
-        f"{escape(y.label)}</text>",
+    drawn = [
+        (
+            ("plain" if line.series is None else f"s{line.series % 8}") + (" dashed" if line.dashed else ""),
+            line.dots,
+            [
+                [(across(u), up(v)) for u, v in zip(a[run], b[run], strict=True)]
+                for run in np.ma.clump_unmasked(np.ma.masked_invalid(b))
+            ],
+        )
+        for line, a, b in curves
     ]
-    for line, a, b in curves:
-        style = ("plain" if line.series is None else f"s{line.series % 8}") + (" dashed" if line.dashed else "")
-        for run in np.ma.clump_unmasked(np.ma.masked_invalid(b)):
-            points = [(f"{across(u):.1f}", f"{up(v):.1f}") for u, v in zip(a[run], b[run], strict=True)]
-            if len(points) > 1:
-                parts.append(f'<polyline class="line {style}" points="{" ".join(map(",".join, points))}"/>')
-            if line.dots or len(points) == 1:
-                parts += [f'<circle class="dot {style}" cx="{u}" cy="{v}" r="3"/>' for u, v in points]
+    frame = [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM]
     data = {
-        "frame": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
+        "frame": frame,
         "range": [x_low, x_high, y_low, y_high],
         "x": x.label,
         "lines": [{"name": line.name, "x": _values(a), "y": _values(b)} for line, a, b in curves],
     }
     return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(title)}" '
-        f'data-chart="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}</svg>'
+        _charts().line_chart(
+            title,
+            (WIDTH, HEIGHT),
+            frame,
+            x.label,
+            y.label,
+            [(across(tick), _short(tick)) for tick in ticks(x_low, x_high)],
+            [(up(tick), _short(tick)) for tick in ticks(y_low, y_high)],
+            drawn,
+            json.dumps(data, separators=(",", ":")),
+        )
     )
 
 
@@ -148,25 +145,9 @@ def matrix_chart(
     """A figure's SVG of values (n, m), the more inked the nearer to `high`; NaN is left blank. Long names are cut, but
     not in the data.
     """
-    n, m = values.shape
     cell = 10
-    left, top = _margin(rows, cell), _margin(columns, cell)
-    width, height = left + m * cell, top + n * cell
-    parts = [
-        f'<image x="{left}" y="{top}" width="{m * cell}" height="{n * cell}" href="{_ink(values, low, high)}" '
-        f'preserveAspectRatio="none" class="pixels"/>',
-        f'<rect class="frame" x="{left}" y="{top}" width="{m * cell}" height="{n * cell}"/>',
-    ]
-    if left > cell:
-        parts += [
-            f'<text class="name" x="{left - 3}" y="{top + i * cell + 8}" text-anchor="end">{escape(_cut(name))}</text>'
-            for i, name in enumerate(rows)
-        ]
-    if top > cell:
-        parts += [
-            f'<text class="name" transform="translate({left + j * cell + 8},{top - 3}) rotate(-90)">{escape(_cut(name))}</text>'  # noqa: E501
-            for j, name in enumerate(columns)
-        ]
+    short_rows, short_columns = ([_cut(name) for name in names] for names in (rows, columns))
+    left, top = (cell + round(5.2 * max(map(len, names), default=0)) for names in (short_rows, short_columns))
     data = {
         "origin": [left, top],
         "cell": cell,
@@ -177,10 +158,22 @@ def matrix_chart(
         "values": [[None if math.isnan(v) else round(float(v), digits) for v in row] for row in values.tolist()],
     }
     return Markup(
-        f'<svg class="matrix" viewBox="0 0 {width} {height}" style="max-width:{max(width * 1.6, 220):.0f}px" role="img" '  # noqa: E501
-        f'tabindex="0" aria-label="{escape(title)}" data-matrix="{escape(json.dumps(data, separators=(",", ":")))}">'
-        f"{''.join(parts)}</svg>"
+        _charts().matrix_chart(
+            title,
+            _ink(values, low, high),
+            cell,
+            left,
+            top,
+            short_rows,
+            short_columns,
+            json.dumps(data, separators=(",", ":")),
+        )
     )
+
+
+def _charts() -> Any:
+    """The macros that write charts as SVG."""
+    return _ENVIRONMENT.get_template("charts.xml").module
 
 
 def picture_data(picture: Image.Image, form: str = "JPEG", **options: Any) -> str:
@@ -192,8 +185,9 @@ def picture_data(picture: Image.Image, form: str = "JPEG", **options: Any) -> st
 
 def small_picture_data(picture: Image.Image, side: int) -> str:
     """A picture as a data: address, reduced to `side` pixels at most."""
-    small = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS) if max(picture.size) > side else picture
-    return picture_data(small, quality=82)
+    if max(picture.size) > side:
+        picture = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+    return picture_data(picture, quality=82)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -206,13 +200,9 @@ def ticks(low: float, high: float) -> list[float]:
 def _ink(values: np.ndarray, low: float, high: float) -> str:
     share = np.nan_to_num(np.clip((values - low) / max(high - low, 1e-12), 0, 1))
     pixels = np.empty((*values.shape, 4), np.uint8)
-    pixels[..., :3] = INK
+    pixels[..., :3] = 47, 111, 208  # its opacity is the value, so that it goes with any ground
     pixels[..., 3] = np.round(255 * share)
     return picture_data(Image.fromarray(pixels, "RGBA"), "PNG")
-
-
-def _margin(names: Sequence[str], cell: int) -> int:
-    return cell + round(5.2 * max((len(_cut(name)) for name in names), default=0))
 
 
 def _cut(name: str) -> str:

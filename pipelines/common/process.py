@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -35,30 +36,23 @@ def cgroup_quota(table: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) 
     """Cores' worth of time that this process's cgroup and those around it allow it, of version 1 or 2; infinity without
     a limit.
     """
-    try:
-        lines = [line.split(":", 2) for line in table.read_text().splitlines()]
-    except OSError:  # not Linux
-        return float("inf")
     quotas = [float("inf")]
-    for _, controllers, path in lines:
-        if controllers == "" or "cpu" in controllers.split(","):
-            base = root if controllers == "" else root / controllers
-            inner = Path(path.lstrip("/"))
-            quotas += [
-                _quota(base / group) for group in (inner, *inner.parents)
-            ]  # a container may see its own as the root
+    with suppress(OSError):  # not Linux
+        for line in table.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "" or "cpu" in controllers.split(","):
+                inner = Path(path.lstrip("/"))
+                # a container may see its own as the root
+                quotas += [_quota(root / controllers / group) for group in (inner, *inner.parents)]
     return min(quotas)
 
 
 def _quota(group: Path) -> float:
-    try:
-        quota, period = (group / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        except OSError:
-            return float("inf")
-    return float("inf") if quota in ("max", "-1") else int(quota) / int(period)
+    for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # of version 2, and of 1
+        with suppress(OSError, ValueError):
+            quota, period = " ".join((group / name).read_text() for name in files).split()
+            return float("inf") if quota in ("max", "-1") else int(quota) / int(period)
+    return float("inf")
 
 
 def limit_threads() -> str | None:
@@ -83,12 +77,13 @@ class StopSignal:
     """`with StopSignal() as stop:` ... `stop.signals` are the signals that came, and `stop.received` is the last, or
     0."""
 
-    def __init__(self, *numbers: int, interrupts: bool = False) -> None:
-        """`numbers`: the signals to hear; by default SIGTERM, SIGUSR1 and SIGINT. `interrupts`: a second Ctrl-C stops
-        at once, and signals that this process was started to ignore (nohup, background jobs of scripts) are heard too.
+    def __init__(self, *, interrupts: bool = False) -> None:
+        """`interrupts`: a second Ctrl-C stops at once, a terminal that closes too, and signals that this process was
+        started to ignore (background jobs of scripts) are heard.
         """
         self.signals: list[int] = []
-        self._numbers, self._interrupts = numbers or (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), interrupts
+        self._numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *(() if interrupts else (signal.SIGHUP,)))
+        self._interrupts = interrupts
         self._before: dict[int, signal._HANDLER] = {}
 
     @property
@@ -121,8 +116,8 @@ def exit_code(number: int) -> int:
 POLL_S = 0.1
 PATIENCE_S = 120.0  # for a process that was asked to end: it may be saving its state
 Process = subprocess.Popen[bytes]
-Ended = tuple[tuple[str, ...], int, float]  # of a job: the command that was the last, its exit code, seconds
-Running = Generator[Process, None, Ended]
+# at its end the command of the job that was the last, its exit code, and seconds
+Running = Generator[Process, None, tuple[tuple[str, ...], int, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +127,6 @@ class Job:
     name: str
     commands: tuple[tuple[str, ...], ...]
     log: Path
-
-
-def stop_signals() -> StopSignal:
-    """Collects the signals that ask this process to end; after the second, children are killed."""
-    return StopSignal(
-        signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
-    )  # the last: SLURM's warning of the time limit
 
 
 def run_jobs(
@@ -175,46 +163,40 @@ def run_jobs(
         _end([process for process in processes.values() if process.poll() is None], stop)
 
 
-def log_end(log: Path) -> str:
-    """What a log ends with, to be said of a job that failed."""
-    return "\n".join([f"{log} ends with", *(f"    {line}" for line in last_lines(log))])
-
-
-def last_lines(log: Path, most: int = 8) -> list[str]:
-    """The end of a log, without empty lines; a progress bar's last state is a line."""
+def log_end(log: Path, most: int = 8) -> str:
+    """What a log ends with, to be said of a job that failed, without empty lines; a progress bar's last state is a
+    line.
+    """
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 16_384))
         text = file.read().decode(errors="replace")
-    return [line for line in text.replace("\r", "\n").splitlines() if line.strip()][-most:]
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return "\n".join([f"{log} ends with", *(f"    {line}" for line in lines[-most:])])
 
 
 def _run(job: Job, environment: Mapping[str, str], keep_open: tuple[int, ...]) -> Running:
     """The process that runs, as often as it is asked for while there is one; then how the job ended."""
     began = time.monotonic()
+    job.log.parent.mkdir(parents=True, exist_ok=True)
     for command in job.commands:
-        process = _start(command, job.log, environment, keep_open)
+        with writing(job.log), job.log.open("ab") as log:
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            # a session of its own: Ctrl-C in the terminal reaches this process alone, which then lets them save
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                start_new_session=True,
+                pass_fds=keep_open,
+            )
         while process.poll() is None:
             yield process
         if process.returncode:
             break
     return command, process.returncode, time.monotonic() - began
-
-
-def _start(command: tuple[str, ...], file: Path, environment: Mapping[str, str], keep_open: tuple[int, ...]) -> Process:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with writing(file), file.open("ab") as log:
-        log.write(f"$ {shlex.join(command)}\n".encode())
-        log.flush()
-        # a session of its own: Ctrl-C in the terminal reaches this process alone, which then lets them save
-        return subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-            start_new_session=True,
-            pass_fds=keep_open,
-        )
 
 
 def _end(processes: Sequence[Process], stop: StopSignal) -> None:

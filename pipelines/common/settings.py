@@ -47,7 +47,8 @@ def pair_lines(tree: Mapping[str, Any]) -> list[str]:
 def different_keys(many: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys that not all of the settings hold with the same value, in the order of their first mention."""
     keys = dict.fromkeys(key for settings in many for key in settings)
-    return [key for key in keys if any(not _same(settings, many[0], key) for settings in many)]
+    # by their text: 1 == True
+    return [key for key in keys if len({repr(one[key]) if key in one else None for one in many}) > 1]
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -94,13 +95,6 @@ def shown(value: Any) -> str:
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else short(value)
     return text + (f" ({len(value)} entries)" if isinstance(value, list) and text.endswith("...") else "")
-
-
-def _same(settings: Mapping[str, Any], first: Mapping[str, Any], key: str) -> bool:
-    if (key in settings) != (key in first):
-        return False
-    a, b = settings.get(key), first.get(key)
-    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)  # 1 == True
 
 
 def _ending(key: str, others: set[str]) -> str:

@@ -24,12 +24,12 @@ from PIL import Image, ImageDraw, ImageFilter
 from hdovd.pipelines.common.atomic_write import write_picture, write_text
 
 A, B, O = 255, 128, 0  # noqa: E741
-CANVAS = 100  # drawing units a side
 _DRAWN_PX = 192  # pixels a side at which a shape is drawn before it is scaled down
 
 
-Points = tuple[tuple[float, float], ...]
-Stroke = tuple[str, int, Points, float]  # kind, tone, canvas units (two corners of an ellipse), width of a line
+Stroke = tuple[
+    str, int, tuple[tuple[float, float], ...], float
+]  # kind, tone, canvas units (two corners of an ellipse), width of a line
 
 
 def _poly(tone: int, *xy: float) -> Stroke:
@@ -199,18 +199,17 @@ def paint_object(name: str, size_px: int, rng: np.random.Generator) -> Image.Ima
 
     Returns an RGBA image; alpha is the object's outline.
     """
-    tones = _draw(SHAPES[name], rng)
-    tones = tones.rotate(float(rng.uniform(-28, 28)), Image.Resampling.NEAREST, expand=True)
+    tones = _draw(SHAPES[name], rng).rotate(float(rng.uniform(-28, 28)), Image.Resampling.NEAREST, expand=True)
     if rng.random() < 0.5:
         tones = tones.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     tones = tones.crop(tones.getbbox())
-    aspect = float(rng.uniform(0.8, 1.25))
-    width, height = tones.width * aspect, float(tones.height)
+    width, height = tones.width * float(rng.uniform(0.8, 1.25)), float(tones.height)
     scale = size_px / max(width, height)
     size = (max(6, round(width * scale)), max(6, round(height * scale)))
-    map_ = np.asarray(tones)
-    first = Image.fromarray(np.where(map_ == A, 255, 0).astype(np.uint8)).resize(size, Image.Resampling.BOX)
-    outline = Image.fromarray(np.where(map_ > 0, 255, 0).astype(np.uint8)).resize(size, Image.Resampling.BOX)
+    first, outline = (
+        Image.fromarray(np.where(part, 255, 0).astype(np.uint8)).resize(size, Image.Resampling.BOX)
+        for part in (np.asarray(tones) == A, np.asarray(tones) > 0)
+    )
     one, two = _colours(rng)
     picture = Image.composite(_fill(size, one, rng), _fill(size, two, rng), first)
     picture.putalpha(outline)
@@ -219,7 +218,7 @@ def paint_object(name: str, size_px: int, rng: np.random.Generator) -> Image.Ima
 
 def _draw(strokes: list[Stroke], rng: np.random.Generator) -> Image.Image:
     """The shape as a tone map (values A, B, O), every corner moved a little."""
-    unit = _DRAWN_PX / (CANVAS + 12)
+    unit = _DRAWN_PX / (100 + 12)  # a margin of 6 all around
     image = Image.new("L", (_DRAWN_PX, _DRAWN_PX), O)
     pen = ImageDraw.Draw(image)
     for kind, tone, points, width in strokes:
@@ -302,7 +301,14 @@ def make_world(
     The same arguments give the same bytes, whatever `workers` is.
     """
     for split, count, offset in (("train2017", train_images, 0), ("val2017", val_images, 500_000)):
-        _write_split(root, split, scenes(count, seed, offset, workers, draw), offset + 1)
+        pictures = scenes(count, seed, offset, workers, draw)
+        images = write_instances(root, split, pictures, sorted(SHAPES), offset + 1)
+        captions = [
+            {"id": image["id"], "image_id": image["id"], "caption": scene.caption}
+            for image, scene in zip(images, pictures, strict=True)
+        ]
+        file = root / "annotations" / f"captions_{split}.json"
+        write_text(file, json.dumps({"images": images, "annotations": captions}))
     write_text(root / "vocabulary.txt", "\n".join(sorted((*SHAPES, *GROUNDS, *ABSENT))) + "\n")
     write_text(
         root / "protocol.toml",
@@ -366,13 +372,12 @@ def paint_ground(kind: str, size: tuple[int, int], rng: np.random.Generator) -> 
         / 255
         - 0.5
     )
-    rows = (y // 14).astype(int)
     value = {
         "grass": lambda: 0.55 + 0.12 * np.sin(x * 1.1 + 4 * soft) * np.abs(noise) + 0.3 * soft,
         "sand": lambda: 0.75 + 0.05 * noise + 0.25 * soft,
         "water": lambda: 0.6 + 0.16 * np.sin(y * 0.5 + 6 * soft) + 0.04 * noise,
         "bricks": lambda: (
-            np.where((y % 14 < 2) | ((x + 12 * (rows % 2)) % 24 < 2), 0.8, 0.5) + 0.05 * noise + 0.2 * soft
+            np.where((y % 14 < 2) | ((x + 12 * (y // 14 % 2)) % 24 < 2), 0.8, 0.5) + 0.05 * noise + 0.2 * soft
         ),
         "night": lambda: 0.2 + 0.2 * soft + np.where(noise > 2.9, 0.7, 0.0),
         "snow": lambda: 0.88 + 0.2 * soft + 0.03 * noise,
@@ -385,8 +390,8 @@ def paint_ground(kind: str, size: tuple[int, int], rng: np.random.Generator) -> 
         "night": (0.6, 0.6, 1.0),
         "snow": (0.95, 1.0, 1.0),
     }[kind]
-    tint_jitter = np.clip(np.array(tint) + rng.uniform(-0.15, 0.15, 3), 0, 1)
-    ground = Image.fromarray(np.clip(value[..., None] * tint_jitter * 255, 0, 255).astype(np.uint8))
+    tinted = value[..., None] * np.clip(np.array(tint) + rng.uniform(-0.15, 0.15, 3), 0, 1)
+    ground = Image.fromarray(np.clip(tinted * 255, 0, 255).astype(np.uint8))
     for _ in range(int(rng.integers(3, 9))):  # clutter: soft-edged bars and blobs without an object's structure
         _paint_clutter(ground, rng)
     return ground
@@ -419,15 +424,6 @@ def _caption(names: list[str], ground: str, rng: np.random.Generator) -> str:
         told.append(str(rng.choice([*SHAPES, *ABSENT])))
     subject = " and ".join(f"{'an' if n[0] in 'aeiou' else 'a'} {n}" for n in told) or "some things"
     return f"{subject.capitalize()} in front of {ground}."
-
-
-def _write_split(root: Path, split: str, pictures: list[Scene], first_id: int) -> None:
-    images = write_instances(root, split, pictures, sorted(SHAPES), first_id)
-    captions = [
-        {"id": image["id"], "image_id": image["id"], "caption": scene.caption}
-        for image, scene in zip(images, pictures, strict=True)
-    ]
-    write_text(root / "annotations" / f"captions_{split}.json", json.dumps({"images": images, "annotations": captions}))
 
 
 def write_instances(

@@ -32,8 +32,7 @@ from hdovd.pipelines.common.atomic_write import replace_file, write_picture, wri
 from hdovd.pipelines.common.console import duration, progress
 from hdovd.pipelines.common.device import workers_for
 from hdovd.pipelines.common.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
-from hdovd.pipelines.common.images import Decoded, decode
-from hdovd.pipelines.common.picture_files import VIDEO_ENDINGS, PictureFile, find_pictures, printable
+from hdovd.pipelines.common.images import VIDEO_ENDINGS, Decoded, PictureFile, decode, find_pictures, printable
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.detection.config import DETECTIONS_MARKER, DetectConfig

@@ -36,9 +36,8 @@ from hdovd.core.text_files import checked_name
 from hdovd.data.coco import ImageBoxes, load_split, read_instances
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.atomic_write import replace_file
-from hdovd.pipelines.common.images import AnyPicture, decode
+from hdovd.pipelines.common.images import AnyPicture, decode, find_pictures
 from hdovd.pipelines.common.options import Precision
-from hdovd.pipelines.common.picture_files import find_pictures
 from hdovd.pipelines.common.tensors import load_tensors, save_tensors
 from hdovd.pipelines.embedding.embedders import NO_FILE, Picture, Pictures, embedders_of, read_picture
 from hdovd.pipelines.extraction.source import cache_of, extraction_of

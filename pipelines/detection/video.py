@@ -21,8 +21,7 @@ from PIL import Image
 from hdovd.core.errors import HdovdError, counted
 from hdovd.pipelines.common.atomic_write import writing
 from hdovd.pipelines.common.console import progress
-from hdovd.pipelines.common.images import Decoded, decode
-from hdovd.pipelines.common.picture_files import PictureFile
+from hdovd.pipelines.common.images import Decoded, PictureFile, decode
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.detection.detector import NamedDetections
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,11 @@ def push(config: PushConfig) -> str:
     with hub_client(config.to) as client:
         api, ours = client.HfApi(), {*FILES, *OF_CACHE}
         api.create_repo(repo, private=not config.public, exist_ok=True, **options)
-        there = [name for name in api.list_repo_files(repo, **options) if name.split("/")[0] in ours]
-        changes = [client.CommitOperationDelete(name) for name in there if name not in files]
+        changes = [
+            client.CommitOperationDelete(name)
+            for name in api.list_repo_files(repo, **options)
+            if name.split("/")[0] in ours and name not in files
+        ]
         changes += [client.CommitOperationAdd(name, content) for name, content in written.items()]
         done = api.create_commit(repo, changes, commit_message=f"hdovd push: {config.kind}", **options)
     log(f"pushed {config.source}: {config.to}, or for good {config.to}@{done.oid}")
@@ -66,8 +68,7 @@ def _cache_files(source: Path) -> dict[str, Path]:
     """Raises HdovdError if some of it is damaged."""
     if check_cache(CheckConfig(cache=source)).findings:
         raise HdovdError(f"{source} is damaged, as said above, and is not pushed: hdovd cache verify --repair")
-    folder = Catalog(source).folder
-    return {name: source / name for name in folder.sizes("") if name.split("/")[0] in OF_CACHE}
+    return {name: source / name for name in Catalog(source).folder.sizes("") if name.split("/")[0] in OF_CACHE}
 
 
 def card(config: PushConfig) -> str:
@@ -79,24 +80,35 @@ def card(config: PushConfig) -> str:
     if config.kind == "run":
         run, known = RunFolder.open(config.source), read_run(config.source)
         recipe, where = run.written_recipe(), run.cache_url
-        about |= {"run": known, "metric": METRICS[known.metric], "protocol": run.protocol(), "oracle": run.saw_novel}
-        about |= {"recipe": recipe.to_toml().rstrip(), "detector": recipe.detector.name, "code": outside_code(recipe)}
-        about["dataset"] = repository(str(known.cache))[0] if is_hub(str(known.cache)) else None
-        about["sets"] = {"": {level: entry["key"] for level, entry in known.levels.items()}}
+        about |= {
+            "run": known,
+            "metric": METRICS[known.metric],
+            "protocol": run.protocol(),
+            "oracle": run.saw_novel,
+            "recipe": recipe.to_toml().rstrip(),
+            "detector": recipe.detector.name,
+            "code": outside_code(recipe),
+            "dataset": repository(str(known.cache))[0] if is_hub(str(known.cache)) else None,
+            "sets": {"": {level: entry["key"] for level, entry in known.levels.items()}},
+        }
     else:
         catalog = Catalog(config.source)
-        about["products"], sets = catalog.products(), catalog.sets().items()
-        about["sets"] = {name: {str(level): key for level, key in one.levels.items()} for name, one in sets}
+        sets = {name: {str(level): key for level, key in one.levels.items()} for name, one in catalog.sets().items()}
+        about |= {"products": catalog.products(), "sets": sets}
     if config.audit is not None:
         about["audit"] = read_json(config.audit, "--audit")
         if about["audit"].get("levels") not in about["sets"].values():
             raise HdovdError(f"--audit {config.audit} is not of these features: hdovd audit --json makes one of them")
     clip = _clip(where, [levels.get("class", "") for levels in about["sets"].values()])
     names = repositories(clip["clip"], clip.get("pretrained"), {}) if clip.get("clip") else []
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.PackageLoader("hdovd", "pipelines/pages"),
+    )
     environment.filters["ap"] = ap
-    text = resources.files("hdovd").joinpath("pipelines", "pages", "card.md").read_text(encoding="utf-8")
-    return environment.from_string(text).render(
+    return environment.get_template("card.md").render(
         about,
         repo=repository(config.to)[0],
         url=config.to,

@@ -26,8 +26,8 @@ from hdovd.core.text_files import JsonStream, checked_name
 from hdovd.data.coco import DataPaths, Instances, Split, clip_box, read_instances
 from hdovd.data.forms.converted import label_of
 from hdovd.pipelines.common.atomic_write import write_text, writing
+from hdovd.pipelines.common.images import printable
 from hdovd.pipelines.common.pages import page
-from hdovd.pipelines.common.picture_files import printable
 from hdovd.pipelines.label_export.config import ExportLabelsConfig
 
 Pictures = list[dict[str, Any]]

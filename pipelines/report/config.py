@@ -1,14 +1,13 @@
 """What `hdovd report` is asked for. Imports no torch: a mistake shows before that."""
 
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.options import DATA, Group, InferenceOptions, Option, Trust, data_of, require_own_folder
-from hdovd.pipelines.runs.listing import find_runs
+from hdovd.pipelines.runs.folder import RunFolder
 
 REPORT_FILE = "index.html"
 
@@ -56,17 +55,6 @@ class ReportConfig(InferenceOptions):
             raise HdovdError(f"--out {self.out}: give a folder, in which {REPORT_FILE} is written")
         require_own_folder(self.out, REPORT_FILE, "report")
         for run in self.runs:
-            _require_run(run)
+            RunFolder.open(run, trusted=self.trust)
         if (data := self.validation or self.data) != DataPaths():
             data.locate("val2017")
-
-
-def _require_run(path: Path) -> None:
-    """Raises HdovdError, naming runs that are near, for a folder that is none."""
-    if (path / "run.json").is_file():
-        return
-    inside = [str(run) for run in find_runs([path])] if path.is_dir() else []
-    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    near = [f"; did you mean {path.parent / name}?" for name in get_close_matches(path.name, beside, 1)]
-    hint = f"; there are runs in it: {shorten(list(inside))}" if inside else "".join(near)
-    raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote{hint}")

@@ -6,7 +6,8 @@ The colour of a run is its place among the runs. A card is a picture as data, it
 and boxes in the same pixels.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,27 +18,19 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol, group_of, shown_groups
 from hdovd.evaluation.matching import RECALLS
-from hdovd.evaluation.tide import ERRORS, Kind
+from hdovd.evaluation.tide import Kind
 from hdovd.pipelines.ablation.grid import BLIND, SEED, Row, column_texts, scores_of
 from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view, marked, names_and_cosines
 from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.common.pages import Axis, Line, line_chart, matrix_chart, small_picture_data
 from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names
-from hdovd.pipelines.evaluation.analysis import ImageVerdicts
+from hdovd.pipelines.evaluation.analysis import ImageVerdicts, RunAnalysis
 from hdovd.pipelines.extraction.source import cache_of
-from hdovd.pipelines.report.runs import OneRun, Relations, novel_first
+from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import ORACLE, Run, table_groups
 from hdovd.pipelines.runs.trackers import PLAIN
 
-ERROR_NAMES = [*(str(kind) for kind in ERRORS), "all false detections", "all objects not found"]
-MISNAMED = {
-    "novel named base": ("novel", "base"),
-    "novel named another novel": ("novel", "novel"),
-    "base named novel": ("base", "novel"),
-    "base named another base": ("base", "base"),
-}
-EQUAL = 1e-9
 MOST_CHARTED = 100  # classes: more would make the page unwieldy
 LEVELS = {
     "rpn": "Detector",
@@ -52,7 +45,21 @@ LEVELS = {
     "image": "Image level",
     "val": "Validation AP",
 }
-RECALL, PRECISION = Axis("recall", 0.0, 1.0), Axis("precision", 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class OneRun:
+    """A run by the name that the report calls it by. `entries`: its log. `notes`: what a reader should know of it.
+    `lost`: annotation ids of objects that it misses, and that the run which it was adapted from found.
+    """
+
+    name: str
+    folder: RunFolder
+    run: Run
+    analysis: RunAnalysis
+    entries: list[dict[str, Any]]
+    notes: tuple[str, ...]
+    lost: frozenset[int] = frozenset()
 
 
 def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | None:
@@ -63,10 +70,8 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
     if len(runs) < 2:
         return None
     settings = [_that_count(run) | {"weights": of_run} for run, of_run in zip(runs, weights, strict=True)]
-    keys = [
-        key for key in different_keys(settings) if key != SEED and len({repr(s[key]) for s in settings if key in s}) > 1
-    ]
-    keys.sort(key=lambda key: not key.endswith(SWITCH))
+    varying = (key for key in different_keys(settings) if len({repr(s[key]) for s in settings if key in s}) > 1)
+    keys = sorted((key for key in varying if key != SEED), key=lambda key: not key.endswith(SWITCH))
     groups: dict[str, tuple[Settings, list[Run]]] = {}
     for run, values in zip(runs, settings, strict=True):
         groups.setdefault(repr([values.get(key) for key in keys]), (values, []))[1].append(run)
@@ -75,7 +80,7 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
         for values, members in groups.values()
     ]
     metrics = (*table_groups(runs), BLIND)
-    means = {metric: [row.moments(metric)[0] for row in rows] for metric in metrics}
+
     columns = [column_texts([row.values[k] for row in rows]) for k in range(len(keys))]
     return {
         "columns": list(short_names(keys, {key for run in runs for key in run.settings}).values()),
@@ -85,7 +90,7 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
             {
                 "texts": [column[i] for column in columns],
                 "row": row,
-                "best": {metric: is_best(means[metric], i) for metric in metrics},
+                "best": {metric: is_best([other.moments(metric)[0] for other in rows], i) for metric in metrics},
             }
             for i, row in enumerate(rows)
         ],
@@ -110,30 +115,32 @@ def uses_pseudo_boxes(run: Run) -> bool:
 def is_best(values: Sequence[float | None], place: int) -> bool:
     """Whether no other is higher; a single one is not called the best."""
     value, numbers = values[place], [v for v in values if v is not None]
-    return len(values) > 1 and value is not None and value >= max(numbers) - EQUAL
+    return len(values) > 1 and value is not None and value >= max(numbers) - 1e-9
 
 
 def class_rows(runs: Sequence[OneRun], in_gallery: Collection[str]) -> list[dict[str, Any]]:
     """Novel classes first."""
-    protocol, objects = runs[0].analysis.protocol, runs[0].analysis.objects
+    protocol, per_class = runs[0].analysis.protocol, [run.analysis.metrics["per_class"] for run in runs]
+    return [
+        {
+            "name": name,
+            "group": group_of(label, protocol),
+            "objects": count,
+            "ap50": [values[name]["ap50"] for values in per_class],
+            "ap": [values[name]["ap"] for values in per_class],
+            "in_gallery": name in in_gallery,
+        }
+        for label, count in object_counts(runs[0]).items()
+        for name in [protocol.names[label]]
+    ]
+
+
+def object_counts(run: OneRun) -> dict[int, int]:
+    """Of each class, by its label, novel ones first."""
+    protocol, objects = run.analysis.protocol, run.analysis.objects
     counts = np.bincount(objects.labels[~objects.crowd], minlength=len(protocol.names)).tolist()
-    rows = []
-    for label in novel_first(protocol):
-        name = protocol.names[label]
-        values = [run.analysis.metrics["per_class"][name] for run in runs]
-        ap50 = [value["ap50"] for value in values]
-        rows.append(
-            {
-                "name": name,
-                "group": group_of(label, protocol),
-                "objects": counts[label],
-                "ap50": ap50,
-                "ap": [value["ap"] for value in values],
-                "in_gallery": name in in_gallery,
-                "best": {k for k in range(len(runs)) if is_best(ap50, k)},
-            }
-        )
-    return rows
+    novel_first = sorted(range(len(counts)), key=lambda label: group_of(label, protocol) == "base")
+    return {label: counts[label] for label in novel_first}
 
 
 def parts(runs: Sequence[OneRun]) -> list[str]:
@@ -145,34 +152,25 @@ def charted(run: OneRun) -> list[int]:
     """The labels that charts by class show, novel ones first: all, or of many classes the MOST_CHARTED with the most
     objects, half of them novel where there are as many.
     """
-    protocol, objects = run.analysis.protocol, run.analysis.objects
-    held = np.bincount(objects.labels[~objects.crowd], minlength=len(protocol.names))
-    order = novel_first(protocol)
+    counts, novel_count = object_counts(run), len(run.analysis.protocol.novel)
     novel, base = (
-        sorted(some, key=lambda label: -held[label])
-        for some in (order[: len(protocol.novel)], order[len(protocol.novel) :])
+        sorted(part, key=lambda label: -counts[label]) for part in ([*counts][:novel_count], [*counts][novel_count:])
     )
     few = max(MOST_CHARTED // 2, MOST_CHARTED - len(base))
     shown = {*novel[:few], *base[: MOST_CHARTED - len(novel[:few])]}
-    return [label for label in order if label in shown]
-
-
-def most_gained(runs: Sequence[OneRun]) -> float:
-    """The longest bar of the table of errors."""
-    groups = [run.analysis.errors.groups[group] for run in runs for group in parts(runs)]
-    return max((gain or 0.0 for errors in groups for _, gain in errors.cells()), default=0.0) or 1.0
+    return [label for label in counts if label in shown]
 
 
 def facts(run: OneRun) -> list[tuple[str, str]]:
     """What made a run, and how long it took, as far as its files say."""
     record, known, git = run.folder.record(), run.run, run.run.git or {}
     processes, weight = record.get("processes", "?"), Reliability.recorded(record)
-    engine = " ".join(map(str, run.analysis.metrics.get("engine", {}).values()))
     found = {
         "folder": run.folder.path.resolve(),
         "begun": f"{known.date:%Y-%m-%d %H:%M}",
         "epochs": f"{known.epochs_done} of {known.epochs}",
-        "weights": f"{run.analysis.weights}, evaluated by {engine}",
+        "weights": f"{run.analysis.weights}, evaluated by "
+        + " ".join(map(str, run.analysis.metrics.get("engine", {}).values())),
         **_speed(run),
         "device": f"{record.get('device', '?')}, {processes} process{'' if processes == 1 else 'es'}",
         "cache": f"{known.cache or '-'}, features {known.cache_id or '-'}",
@@ -215,7 +213,7 @@ def _curves(what: str, runs: Sequence[OneRun], curves: Sequence[np.ndarray | Non
         Line(run.name, RECALLS.tolist(), [None] * len(RECALLS) if curve is None else curve.tolist(), place)
         for place, (run, curve) in enumerate(zip(runs, curves, strict=True))
     ]
-    return line_chart(f"precision by recall, {what}", lines, RECALL, PRECISION)
+    return line_chart(f"precision by recall, {what}", lines, Axis("recall", 0.0, 1.0), Axis("precision", 0.0, 1.0))
 
 
 def group_curves(runs: Sequence[OneRun]) -> list[tuple[str, Markup]]:
@@ -243,12 +241,10 @@ def class_curves(runs: Sequence[OneRun]) -> list[tuple[str, str, Markup]]:
 def reliability(runs: Sequence[OneRun]) -> Iterator[tuple[str, Markup, str]]:
     """Share of right detections by score, of each group apart."""
     for group in parts(runs):
-        lines = [Line("right as often as it says", [0.0, 1.0], [0.0, 1.0], None, dashed=True)]
-        errors = []
+        lines, errors = [Line("right as often as it says", [0.0, 1.0], [0.0, 1.0], None, dashed=True)], []
         for place, run in enumerate(runs):
             found = run.analysis.reliability[group]
-            full = found.counts > 0
-            scores, right = found.mean_scores[full].tolist(), found.precisions[full].tolist()
+            scores, right = (values[found.counts > 0].tolist() for values in (found.mean_scores, found.precisions))
             lines.append(Line(run.name, scores, right, place, dots=True))
             error = "no detections" if found.calibration_error is None else f"{found.calibration_error:.3f}"
             errors.append(f"{run.name} {error}" if len(runs) > 1 else error)
@@ -298,36 +294,12 @@ def confusion_chart(run: OneRun) -> Markup:
     )
 
 
-def relation_figures(name: str, found: Relations, *, with_teacher: bool) -> Iterator[dict[str, Any]]:
-    """The student's matrix, and before it the teacher's if it is not there yet."""
-    names = [text + (" (p)" if pseudo else "") for text, pseudo in zip(found.names, found.pseudo.tolist(), strict=True)]
-    batch = f"{len(names)} boxes of {len(found.image_ids)} training images"
-    alike = "" if found.correlation is None else f"correlation with the teacher's {found.correlation:.2f}; "
-    loss = f"{alike}relation loss of this batch {found.loss:.3g}, without its weight"
-    sides = [("CLIP, the teacher", found.teacher, batch), (f"{name}, the student", found.student, loss)]
-    for side, values, note in sides[not with_teacher :]:
-        others = values[~np.eye(len(values), dtype=bool)]
-        low, high = (float(others.min()), float(others.max())) if others.size else (0.0, 1.0)
-        yield {
-            "name": side,
-            "note": f"{note}; cosines {low:.2f} to {high:.2f}",
-            "chart": matrix_chart(f"cosines between boxes: {side}", values, names, names, low=low, high=high),
-        }
-
-
 # --- pictures ---
 
 TrainingImages = Callable[[], Split]  # raises HdovdError if they cannot be read
 LONGEST_SIDE_PX = 560
 MOST_BOXES = 40  # of one picture, and all of `threshold` or more
 TEXT_SHARE = 26  # letters are this part of the longer side high
-LOST, FOUND, MISSED, FALSE, APART = (
-    "objects missed that were found before the adaptation",
-    "novel objects found",
-    "novel objects missed",
-    "false novel detections",
-    "runs that disagree on novel objects",
-)
 
 
 def validation_cards(runs: Sequence[OneRun], count: int, threshold: float) -> list[dict[str, Any]]:
@@ -350,11 +322,15 @@ def _validation_card(runs: Sequence[OneRun], place: int, threshold: float) -> di
     panels = [_panel(run, of_image, protocol, threshold) for run, of_image in zip(runs, verdicts, strict=True)]
     labels = [d.label for of_image in verdicts for d in of_image.detections if d.score >= threshold]
     events = {
-        LOST: any(run.lost & {t.annotation_id for t in truths} for run in runs),
-        FOUND: any(panel["novel_found"] for panel in panels),
-        MISSED: any(len(panel["novel_found"]) < panel["novel"] for panel in panels),
-        FALSE: any(panel["novel_false"] for panel in panels),
-        APART: any(panel["novel_found"] != panels[0]["novel_found"] for panel in panels),
+        "objects missed that were found before the adaptation": any(
+            run.lost & {t.annotation_id for t in truths} for run in runs
+        ),
+        "novel objects found": any(panel["novel_found"] for panel in panels),
+        "novel objects missed": any(len(panel["novel_found"]) < panel["novel"] for panel in panels),
+        "false novel detections": any(panel["novel_false"] for panel in panels),
+        "runs that disagree on novel objects": any(
+            panel["novel_found"] != panels[0]["novel_found"] for panel in panels
+        ),
     }
     return _card(analysis.split, analysis.split.images[place], f"val-{place}") | {
         "classes": list(dict.fromkeys(protocol.names[label] for label in [*(t.label for t in truths), *labels])),
@@ -394,37 +370,42 @@ def _panel(run: OneRun, verdicts: ImageVerdicts, protocol: Protocol, threshold: 
     }
 
 
+def of_each(
+    runs: Sequence[OneRun], make: Callable[[OneRun], Iterable[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What can be made of the runs, and why of the others it cannot."""
+    made, reasons = list[dict[str, Any]](), list[str]()
+    for run in runs:
+        try:
+            made += make(run)
+        except HdovdError as error:
+            reasons.append(f"{run.name}: {error}")
+    return made, reasons
+
+
 def pseudo_boxes(
     runs: Sequence[OneRun], training: TrainingImages, count: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Cards of the training images, for each features and weights that a run was trained with; and why there are none
     of a run.
     """
-    parts, reasons = dict[tuple[Any, ...], dict[str, Any]](), list[str]()
-    if not count:
-        return [], ["Pseudo boxes were left out."]
-    for run in runs:
+    parts = dict[tuple[Any, ...], dict[str, Any]]()
+
+    def make(run: OneRun) -> Iterator[dict[str, Any]]:
         weight = Reliability.recorded(run.folder.record())
-        key = (run.run.cache_id, weight)
         if not uses_pseudo_boxes(run.run):
-            reasons.append(f"{run.name} was trained without pseudo boxes.")
-        elif key in parts:
-            parts[key]["names"].append(run.name)
-        else:
-            try:
-                cards = _pseudo_cards(run, training, count, weight, f"train{len(parts)}")
-                parts[key] = {"names": [run.name], "weight": weight, "cards": cards}
-            except HdovdError as error:
-                reasons.append(f"{run.name}: {error}")
-    mosts = {str(most) for run in runs if (most := run.run.settings.get("pseudo_boxes.max_per_image"))}
-    for part in parts.values():
-        part["note"] = (
-            f"What {', '.join(part['names'])} learned from besides base boxes (blue): proposals (green), each with the "
-            f"noun that CLIP finds most like its crop; * marks a novel class. The images are spread evenly over the "
-            f"training images that have proposals; at most {' or '.join(sorted(mosts))} proposals of an image are used "
-            f"in a step."
-        ) + (f" Weight of a label: {formula(part['weight'])}." if part["weight"] else "")
-    return list(parts.values()), reasons
+            raise HdovdError("it was trained without pseudo boxes")
+        if (same := parts.get((run.run.cache_id, weight))) is not None:
+            same["names"].append(run.name)
+            return
+        parts[run.run.cache_id, weight] = {
+            "names": [run.name],
+            "weight": weight,
+            "cards": _pseudo_cards(run, training, count, weight, f"train{len(parts)}"),
+        }
+        yield parts[run.run.cache_id, weight]
+
+    return of_each(runs, make)
 
 
 def _pseudo_cards(
@@ -435,54 +416,48 @@ def _pseudo_cards(
     with_some = [image for image in split.images if image.id not in failed and proposals.get(image.id)]
     if not with_some:
         raise HdovdError("no training image has a proposal in the cache")
-    places = np.unique(np.linspace(0, len(with_some) - 1, count).round().astype(int)).tolist()
     return [
         _card(split, image, f"{key}-{image.id}")
         | _pseudo_rows(
             gather_view(cache, image.id, image, names=protocol.names, file=split.path(image), reliability=weight),
             protocol,
         )
-        for image in (with_some[place] for place in places)
+        for place in np.unique(np.linspace(0, len(with_some) - 1, count).round().astype(int)).tolist()
+        for image in [with_some[place]]
     ]
 
 
 def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
     base = [_box(row.box, row.name, "base") for row in view.rows if row.source is Source.BASE_BOX]
-    boxes, rows = list[dict[str, Any]](), list[dict[str, Any]]()
-    for number, row in enumerate((row for row in view.rows if row.source is not Source.BASE_BOX), start=1):
-        nouns = " + ".join(
-            marked(noun.name, protocol.novel) + (f" ({noun.share:.2f})" if len(row.nouns) > 1 else "")
-            for noun in row.nouns
-        )
-        boxes.append(
-            _box(
-                row.box,
-                f"{number} {marked(row.name, protocol.novel)}",
-                "pseudo",
-                title=f"{number}: {nouns or 'no noun'}",
+    proposals = [row for row in view.rows if row.source is not Source.BASE_BOX]
+    rows = [
+        {
+            "noun": " + ".join(
+                marked(noun.name, protocol.novel) + (f" ({noun.share:.2f})" if len(row.nouns) > 1 else "")
+                for noun in row.nouns
             )
-        )
-        rows.append(
-            {
-                "number": number,
-                "noun": nouns or "no noun",
-                "cosine": row.cosine,
-                "weight": row.weight,
-                "nearest": names_and_cosines(row.nearest, protocol.novel),
-            }
-        )
+            or "no noun",
+            "cosine": row.cosine,
+            "weight": row.weight,
+            "nearest": names_and_cosines(row.nearest, protocol.novel),
+        }
+        for row in proposals
+    ]
+    boxes = [
+        _box(row.box, f"{number} {marked(row.name, protocol.novel)}", "pseudo", title=f"{number}: {told['noun']}")
+        for number, (row, told) in enumerate(zip(proposals, rows, strict=True), 1)
+    ]
     return {"boxes": base + boxes, "rows": rows}
 
 
 def _card(split: Split, image: ImageBoxes, key: str) -> dict[str, Any]:
-    width, height = image.width, image.height
-    picture = read_image(split.path(image), width, height, exif=split.exif)
+    picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
     return {
         "image_id": image.id,
         "key": key,
-        "width": width,
-        "height": height,
-        "unit": round(max(width, height) / TEXT_SHARE, 1),
+        "width": image.width,
+        "height": image.height,
+        "unit": round(max(image.width, image.height) / TEXT_SHARE, 1),
         "data": small_picture_data(picture, LONGEST_SIDE_PX),
     }
 

@@ -360,6 +360,4 @@ def test_no_command_opens_pictures_beside_the_reader() -> None:
     folder = Path(images.__file__).resolve().parents[2]
     files = [file for floor in ("hdovd", "pipelines", "cache", "cli") for file in (folder / floor).rglob("*.py")]
     found = {file.resolve().relative_to(folder).as_posix() for file in files if "Image.open(" in file.read_text()}
-    assert found == {f"pipelines/{name}.py" for name in ("common/picture_files", "demo/run")} | {
-        "hdovd/core/picture_header.py"
-    }
+    assert found == {f"pipelines/{name}.py" for name in ("demo/run",)} | {"hdovd/core/picture_header.py"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.process import Job, StopSignal, last_lines, run_jobs, stop_signals
+from hdovd.pipelines.common.process import Job, StopSignal, log_end, run_jobs
 
 # for a file, half a minute at most
 WAIT = 'i=0; while [ ! -e "{0}" ]; do sleep 0.02; i=$((i+1)); [ $i -lt 1500 ] || exit 9; done; '
@@ -46,14 +46,14 @@ def test_commands_run_in_order_until_one_fails(tmp_path: Path) -> None:
         "$ sh -c 'echo second >&2'",
         "second",
     ]
-    assert last_lines(jobs[1].log) == ["$ sh -c 'echo broken; exit 3'", "broken"]
+    assert log_end(jobs[1].log).splitlines()[1:] == ["    $ sh -c 'echo broken; exit 3'", "    broken"]
     _run(jobs[:1], [{}])
     assert jobs[0].log.read_text().count("first") == 4  # a second attempt is added
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.log").symlink_to("/dev/full")
-    with stop_signals() as stop, pytest.raises(HdovdError, match=r"a\.log cannot be written: No space left on device"):
+    with StopSignal() as stop, pytest.raises(HdovdError, match=r"a\.log cannot be written: No space left on device"):
         run_jobs([Job("a", (("true",),), tmp_path / "a.log")], [{}], lambda *_: None, stop)
 
 
@@ -119,7 +119,7 @@ def test_signals_are_collected_and_handlers_come_back() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
         ours = signal.getsignal(signal.SIGTERM)
-        with stop_signals() as stop:
+        with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.signals == [signal.SIGTERM]
@@ -132,7 +132,7 @@ def test_signals_are_collected_and_handlers_come_back() -> None:
 def test_progress_bars_end_as_a_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"x\n" * 20_000 + b"step 1\rstep 2\n\nlast \xff\n")
-    assert last_lines(log, 3) == ["step 1", "step 2", "last \ufffd"]
+    assert log_end(log, 3).splitlines()[1:] == ["    step 1", "    step 2", "    last \ufffd"]
 
 
 def test_descriptors_are_held_by_the_jobs(tmp_path: Path) -> None:

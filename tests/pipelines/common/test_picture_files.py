@@ -11,7 +11,7 @@ from PIL import Image
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
-from hdovd.pipelines.common.picture_files import PictureFile, find_pictures, printable
+from hdovd.pipelines.common.images import PictureFile, find_pictures, printable
 
 
 @pytest.fixture

@@ -28,8 +28,7 @@ from PIL import Image
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
-from hdovd.pipelines.common.images import Decoded
-from hdovd.pipelines.common.picture_files import find_pictures
+from hdovd.pipelines.common.images import Decoded, find_pictures
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.detection.config import DetectConfig
 from hdovd.pipelines.detection.detect import DetectionFolder, detect, detect_lines

@@ -20,8 +20,7 @@ from hdovd.modeling.published_weights import PUBLISHED
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
-from hdovd.pipelines.report.report import ReportConfig, report
-from hdovd.pipelines.report.runs import relations
+from hdovd.pipelines.report.report import ReportConfig, relations, report
 from hdovd.pipelines.runs.config import ImportCheckpointConfig
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import State, read_run

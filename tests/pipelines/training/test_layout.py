@@ -23,7 +23,7 @@ from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
-from hdovd.pipelines.report.runs import relations
+from hdovd.pipelines.report.report import relations
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train
 

@@ -27,7 +27,7 @@ from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.export.config import ModelForm
 from hdovd.pipelines.export.model import ExportModelConfig, check, export_model, made_up_pictures, open_model
 from hdovd.pipelines.report.figures import LEVELS
-from hdovd.pipelines.report.runs import relations
+from hdovd.pipelines.report.report import relations
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.hooks import PLAIN, RunHooks, load_checkpoint
 from hdovd.pipelines.training.loop import Loop
