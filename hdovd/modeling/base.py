@@ -165,7 +165,7 @@ class Detector(nn.Module):
         """What is found in a padded batch. To be traced, of one picture, whose size is then a tensor (1, 2): nothing
         that a picture decides may become a number of Python's.
         """
-        raise NotImplementedError(f"{type(self).__name__}.regions")
+        raise NotImplementedError(f"{type(self).__name__}.predict, or regions and scores")
 
     def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of regions' features for the classes with texts (C, D): s1 (R, C + 1), background last, and s2 (R, C), as in

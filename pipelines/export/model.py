@@ -72,7 +72,7 @@ def check(
         at once: each with its mirror image.
         texts: (C, D) the run's classes. is_novel: (C,) bool.
     """
-    config, detector, worst, count = model.recipe.inference, traceable(model), 0.0, 0
+    config, detector, worst, count = model.recipe.inference, traceable(model.eval()), 0.0, 0
     with torch.inference_mode():
         for number, picture in enumerate(pictures):
             classes = _made_up_classes(detector, picture, texts)

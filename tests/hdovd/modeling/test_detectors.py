@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models.detection.image_list import ImageList
 
 from hdovd.config.detector import DETECTORS, FORMS
 from hdovd.config.recipe import Recipe, load_recipe
@@ -96,5 +97,5 @@ def test_recipes_are_read_without_torch() -> None:
 
 def test_what_a_detector_must_have_is_said_where_it_lacks() -> None:
     bare = Detector()
-    with pytest.raises(NotImplementedError, match=r"Detector\.predict"):
-        bare.predict([], torch.zeros(0, 8))
+    with pytest.raises(NotImplementedError, match=r"Detector\.predict, or regions and scores"):
+        bare.regions(ImageList(torch.zeros(0, 3, 32, 32), []))
