@@ -292,7 +292,7 @@ class ExtractConfig(FeaturesOptions):
     ] = None
     executor: Annotated[
         Executor,
-        Option("local: this process (or torchrun's). ray: the actors of a Ray cluster. submitit: jobs of SLURM."),
+        Option("local: this process (or torchrun's). ray: workers of a Ray cluster. submitit: jobs of SLURM."),
     ] = Executor.LOCAL
     submitit: Annotated[
         Path | None,
