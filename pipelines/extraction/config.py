@@ -291,8 +291,7 @@ class ExtractConfig(FeaturesOptions):
         ),
     ] = None
     executor: Annotated[
-        Executor,
-        Option("local: this process (or torchrun's). ray: workers of a Ray cluster. submitit: jobs of SLURM."),
+        Executor, Option("local: this process (or torchrun's). ray: workers of a Ray cluster. submitit: jobs of SLURM.")
     ] = Executor.LOCAL
     submitit: Annotated[
         Path | None,
