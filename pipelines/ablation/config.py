@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache.catalog import is_tar_form
+from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.config.recipe import PRESETS
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
 from hdovd.pipelines.common.options import (
     DEFAULT_RECIPE,
@@ -86,11 +87,13 @@ class AblateConfig(RunsOptions):
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
         (self.validation or self.data).locate("val2017")
         if self.oracle:
             check_oracle(self.cache, self.protocol)
         if not is_tar_form(self.cache):
             self.data.locate("train2017")
+            Catalog(self.cache)
 
     @property
     def all_settings(self) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, require_files
+from hdovd.data.protocol import load_protocol
 from hdovd.modeling.published_weights import PUBLISHED
 from hdovd.pipelines.common.options import Option, Protocol, Trust
 from hdovd.pipelines.runs.folder import RunFolder, Weights
@@ -83,6 +84,15 @@ class ImportCheckpointConfig:
     overwrite: Annotated[bool, Option("Replace the run that is there.")] = False
 
     def check(self) -> None:
-        """Raises HdovdError if there is a run already."""
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        if self.detector not in PUBLISHED:
+            raise HdovdError(
+                f"--detector {self.detector}: expected {' or '.join(PUBLISHED)}, those that the authors published "
+                f"weights of"
+            )
         if not self.overwrite:
             RunFolder.require_none(self.out)
+        load_protocol(self.protocol)
+        if not self.file.is_file():
+            raise HdovdError(f"{self.file}: no such file")
+        require_files(class_embeddings=self.class_embeddings, object_embedding=self.object_embedding)

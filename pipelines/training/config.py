@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from hdovd.cache.catalog import is_tar_form
+from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.hub import is_hub
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.calibration.values import read_calibration
 from hdovd.pipelines.common.options import RECIPE_AND_PRESET, NetworkOptions, Option, RunsOptions
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.trackers import TrackOptions
@@ -59,6 +60,7 @@ class TrainConfig(NetworkOptions, TrackOptions, RunsOptions):
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
         if is_hub(self.out):
             raise HdovdError(f"--out {self.out}: train into a folder; hdovd push puts it on the Hub")
         TrackOptions.check(self)
@@ -71,8 +73,20 @@ class TrainConfig(NetworkOptions, TrackOptions, RunsOptions):
                 )
         if not (self.resume or self.overwrite):
             RunFolder.require_none(self.out)
-        if self.init is not None and self.init.resolve() == self.out.resolve():
-            raise HdovdError(f"--init {self.init} is --out too: give another --out, or --resume to go on with that run")
+        if self.init is not None:
+            if self.init.resolve() == self.out.resolve():
+                raise HdovdError(
+                    f"--init {self.init} is --out too: give another --out, or --resume to go on with that run"
+                )
+            if not (self.resume and (self.out / "checkpoint.pt").is_file()):  # a run that goes on needs it no more
+                RunFolder.open(self.init)
+        if self.calibration is not None:
+            read_calibration(self.calibration)
+        if not is_tar_form(self.cache):
+            self.data.locate("train2017")
+            Catalog(self.cache)
+        if self.validation is not None and self.val_every:
+            self.validation.locate("val2017")
 
 
 def check_oracle(cache: Path | str, protocol: str) -> None:

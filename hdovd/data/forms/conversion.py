@@ -7,11 +7,11 @@ The same annotations give the same bytes, so that identities in caches and runs 
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from hdovd.cache.store import LocalFolder
 from hdovd.core import user_cache_folder
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
@@ -35,14 +35,21 @@ def converted(
     """
     about = [(os.path.abspath(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in sources]
     key = hashlib.sha256(repr((VERSION, read.__module__, os.path.abspath(root), about)).encode()).hexdigest()
-    folder = LocalFolder(user_cache_folder() / "data")
-    name = f"{Path(os.path.abspath(root)).name[-30:]}-{split}-{key[:24]}.json"
-    file = folder.path(name)
+    file = user_cache_folder() / "data" / f"{Path(os.path.abspath(root)).name[-30:]}-{split}-{key[:24]}.json"
     if not file.is_file():
         log(f"converting the annotations of {root} ({split}) to COCO's form: {file}")
         names, pictures = read()
-        if pictures:
-            folder.write(name, json.dumps(_coco(names, pictures)).encode())
+        if not pictures:
+            return file
+        text = json.dumps(_coco(names, pictures))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".partial-") as folder:
+            partial = Path(folder, file.name)
+            with partial.open("w", encoding="utf-8") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(partial, file)
     return file
 
 
@@ -50,6 +57,7 @@ def _coco(names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, list[d
     """Pictures and boxes are numbered by the names of files, so that proposals and cached rows of a picture stay its
     own when others come or go; classes from 1.
     """
+    boxes = [(name, place, box) for name, *_, own in pictures for place, box in enumerate(own)]
     return {
         "images": [
             {"id": _number(name), "file_name": name, "width": width, "height": height}
@@ -64,8 +72,7 @@ def _coco(names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, list[d
                 "area": width * height,
                 "iscrowd": int(ignored),
             }
-            for name, *_, own in pictures
-            for place, (kind, x, y, width, height, ignored) in enumerate(own)
+            for name, place, (kind, x, y, width, height, ignored) in boxes
         ],
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
     }
