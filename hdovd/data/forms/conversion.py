@@ -7,11 +7,11 @@ The same annotations give the same bytes, so that identities in caches and runs 
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from hdovd.cache.store import LocalFolder
 from hdovd.core import user_cache_folder
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
@@ -35,14 +35,20 @@ def converted(
     """
     about = [(os.path.abspath(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in sources]
     key = hashlib.sha256(repr((VERSION, read.__module__, os.path.abspath(root), about)).encode()).hexdigest()
-    folder = LocalFolder(user_cache_folder() / "data")
-    name = f"{Path(os.path.abspath(root)).name[-30:]}-{split}-{key[:24]}.json"
-    file = folder.path(name)
+    file = user_cache_folder() / "data" / f"{Path(os.path.abspath(root)).name[-30:]}-{split}-{key[:24]}.json"
     if not file.is_file():
         log(f"converting the annotations of {root} ({split}) to COCO's form: {file}")
         names, pictures = read()
-        if pictures:
-            folder.write(name, json.dumps(_coco(names, pictures)).encode())
+        if not pictures:
+            return file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".partial-") as folder:
+            partial = Path(folder, file.name)
+            with partial.open("w", encoding="utf-8") as out:
+                out.write(json.dumps(_coco(names, pictures)))
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(partial, file)
     return file
 
 
