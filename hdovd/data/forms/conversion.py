@@ -41,12 +41,11 @@ def converted(
         names, pictures = read()
         if not pictures:
             return file
-        text = json.dumps(_coco(names, pictures))
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=".partial-") as folder:
             partial = Path(folder, file.name)
             with partial.open("w", encoding="utf-8") as out:
-                out.write(text)
+                out.write(json.dumps(_coco(names, pictures)))
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(partial, file)
@@ -57,7 +56,6 @@ def _coco(names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, list[d
     """Pictures and boxes are numbered by the names of files, so that proposals and cached rows of a picture stay its
     own when others come or go; classes from 1.
     """
-    boxes = [(name, place, box) for name, *_, own in pictures for place, box in enumerate(own)]
     return {
         "images": [
             {"id": _number(name), "file_name": name, "width": width, "height": height}
@@ -72,7 +70,8 @@ def _coco(names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, list[d
                 "area": width * height,
                 "iscrowd": int(ignored),
             }
-            for name, place, (kind, x, y, width, height, ignored) in boxes
+            for name, *_, own in pictures
+            for place, (kind, x, y, width, height, ignored) in enumerate(own)
         ],
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
     }
