@@ -77,7 +77,7 @@ def on_host(cuda: PretendedCuda) -> set[str]:
     cuda.forget()
     return {
         where.partition(" ")[2].partition(".")[0]
-        if where.startswith(("loop.py", "distributed.py", "decoder.py"))
+        if where.startswith(("loop.py", "distributed.py", "network.py"))
         else where.partition(":")[0]
         for where in places
     }

@@ -262,7 +262,7 @@ def test_frozen_stages(name: str, stages: int, frozen: set[str]) -> None:
         (
             "own_backbones:without_channels",
             {},
-            r"expected an attribute channels, a list of 3 whole numbers.*found Halving with channels None",
+            r"an attribute channels, a list of 3 whole numbers.*found Halving with channels None",
         ),
         ("own_backbones:wrong_channels", {}, r"expected feature maps \[\(2, 5, 16, 24\).*found \[\(2, 4, 16, 24\)"),
         ("own_backbones:wrong_stride", {}, r"expected feature maps .*found \[\(2, 4, 128, 192\)"),
