@@ -67,8 +67,11 @@ def system_line(error: OSError) -> str:
     """The reason, after the file that an error names, cut if it is long."""
     reason = system_reason(error)
     if error.filename is None:
-        gone = error.errno == errno.ENOENT  # as os.getcwd() says it
-        return "the current folder is not there any more: change to another one" if gone else reason
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return "the current folder is not there any more: change to another one"
+        return reason
     name = os.fsencode(error.filename).decode(errors="replace")
     return reason if name in reason else f"{name[:_SHOWN]}{'...' * (len(name) > _SHOWN)}: {reason}"
 

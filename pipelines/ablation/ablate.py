@@ -82,11 +82,12 @@ def ablate(config: AblateConfig) -> Ablation:
     Raises HdovdError, before anything runs, for a wrong grid, data or a cache that are not there, and runs of another
     config, or another cache, in OUT. What else is wrong with the data is told by each run.
     """
-    config.check()
     plans = plan(config)
     found = Ablation(_table(config, plans), plans)
     if config.dry_run:
         return found
+    if found.left:
+        config.check()
     config.out.mkdir(parents=True, exist_ok=True)
     with _locked(config.out) as lock:
         to_do = [planned for planned in plans if planned.left]
@@ -212,9 +213,16 @@ def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], lock:
         count = f"[{len(ended)}/{len(jobs)}] {planned.name}"
         if code:
             planned.failed = f"hdovd {command[3]}, {f'exit code {code}' if code > 0 else f'killed by signal {-code}'}"
+        else:
+            try:
+                planned.left = stages_left(planned, config, keys)
+                planned.failed = "hdovd eval left no metrics.json" if planned.left else ""
+            except HdovdError as error:  # a recipe file that was edited meanwhile
+                planned.failed = str(error)
+        if planned.failed:
             log(f"{count}: FAILED: {planned.failed}; {log_end(job.log)}")
         else:
-            planned.left, run = stages_left(planned, config, keys), read_run(planned.path)
+            run = read_run(planned.path)
             novel = run.ap.get("novel")
             log(f"{count}: {seconds:.0f} s" + ("" if novel is None else f", novel {METRICS[run.metric]} {novel:.1f}"))
         write_tables(_table(config, plans), config.out)

@@ -69,6 +69,9 @@ def cells_of(recipe: str, settings: Sequence[str], grid: Sequence[str], preset: 
         same = seen.setdefault(made.to_toml(), cell)
         if same is not cell:
             raise HdovdError(f"--grid: {' '.join(mine)} and {' '.join(same.settings)} are the same cell: leave one out")
+    if len({cell.name for cell in seen.values()}) < len(seen):  # 1 and "1", where a recipe takes both
+        names = ", ".join(cell.name for cell in seen.values())
+        raise HdovdError(f"--grid {' '.join(grid)}: two cells have the same name: {names}")
     return list(seen.values())
 
 

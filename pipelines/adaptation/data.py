@@ -225,10 +225,12 @@ NAIVE = (  # to compare with: boxes alone, and what has none is background
 NAIVE_TEXT = ("detector.text.alignment_weight=0.0", "detector.text.relation_weight=0.0")  # of detectors of queries
 
 
-def chain_of(run: RunFolder) -> list[RunFolder]:
+def chain_of(run: RunFolder, tried: tuple[Path, ...] = ()) -> list[RunFolder]:
     """A run, the one whose weights it began with, that of this one, and so on, as far as they are here."""
-    before = Path(value_at(run.record(), "init.run") or "nowhere")
-    return [run, *(chain_of(RunFolder(before)) if (before / "run.json").is_file() else [])]
+    start = value_at(run.record(), "init.run")
+    before = Path(str(start))
+    more = start is not None and before not in tried and (before / "run.json").is_file()
+    return [run, *(chain_of(RunFolder(before), (*tried, before)) if more else [])]
 
 
 def adapted_from(run: RunFolder) -> list[RunFolder]:

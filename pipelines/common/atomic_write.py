@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -90,6 +91,8 @@ def _of_system(error: Exception, file: Path) -> OSError | None:
     """What the system said: safetensors has errors of its own for it, and torch says nothing of a full disk."""
     if isinstance(error, OSError):
         return error
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])), str(file))
     with suppress(OSError):  # a folder that is gone is not full
         if shutil.disk_usage(file.parent).free < 1 << 20:
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))

@@ -223,7 +223,12 @@ class Team:
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag in any process."""
-        return [max(values) for values in zip(*self.gather(flags), strict=True)]
+        if self.world == 1:
+            return list(flags)
+        values = torch.tensor(flags)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.control)
+        found: list[int] = values.tolist()
+        return found
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, by rank."""

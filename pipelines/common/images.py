@@ -350,6 +350,10 @@ def _of_stdin(stdin: BinaryIO | None) -> Iterator[PictureFile]:
 
 
 def _is_picture(data: bytes) -> bool:
-    with suppress(Exception), open_picture(io.BytesIO(data)):  # else a list of paths, or nothing
+    try:
+        with open_picture(io.BytesIO(data)):
+            return True
+    except HdovdError:  # of too many pixels
         return True
-    return False
+    except Exception:  # a list of paths, or nothing
+        return False

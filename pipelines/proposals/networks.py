@@ -285,6 +285,7 @@ def _train(
     config = config.model_copy(update={"epochs": job.recipe.proposals.epochs or config.epochs})
     if us.leads:
         folder.mkdir(parents=True, exist_ok=True)
+        RunFolder(folder).cut_log(int((state or {}).get("log_bytes", 0)))
         (folder / "stopped").unlink(missing_ok=True)  # of the call before, for job files
     torch.manual_seed(config.seed)
     network = prepared(KINDS[Detector(wanted["detector"])](job.recipe, state is None), job.recipe, us)

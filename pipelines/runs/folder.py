@@ -150,18 +150,22 @@ class RunFolder:
     def go_on(self, log_bytes: int, now: dict[str, Any]) -> None:
         """The log is cut back to `log_bytes`; detections of weights on the way go."""
         self.remove("stopped", "metrics.json", "detections.json", "retention.json", "pictures")
-        with (self.path / "log.jsonl").open("ab") as log:
-            log.truncate(min(log_bytes, log.tell()))
+        self.cut_log(log_bytes)
         before = self.record()
         self._write_record(before | {"resumed": [*before["resumed"], now]})
+
+    def cut_log(self, log_bytes: int) -> None:
+        """Take back what was logged after a checkpoint."""
+        with (self.path / "log.jsonl").open("ab") as log:
+            log.truncate(min(log_bytes, log.tell()))
 
     def remove(self, *patterns: str) -> None:
         """Delete the files and folders of these names, as far as they are there."""
         for file in [file for pattern in patterns for file in self.path.glob(pattern)]:
             if file.is_dir():
-                shutil.rmtree(file)
+                shutil.rmtree(file, ignore_errors=True)
             else:
-                file.unlink()
+                file.unlink(missing_ok=True)
 
     def add_to_record(self, **entries: Any) -> None:
         """What became of the run after its training."""
@@ -348,9 +352,9 @@ class RunFolder:
             os.fsync(log.fileno())
             return log.tell()
 
-    def entries(self) -> list[dict[str, Any]]:
-        """What was logged, but for a last line that is torn: the process was killed while it wrote. Raises HdovdError
-        for another line that is no entry.
+    def entries(self, wrong: list[str] | None = None) -> list[dict[str, Any]]:
+        """What was logged, but for a last line that is torn: the process was killed while it wrote. Another line that
+        is no entry is told in `wrong`; without it HdovdError is raised.
         """
         file, found = self.path / "log.jsonl", list[dict[str, Any]]()
         lines = file.read_bytes().rpartition(b"\n")[0].splitlines() if file.is_file() else []
@@ -358,7 +362,9 @@ class RunFolder:
             try:
                 found.append(dict(json.loads(line)))
             except (ValueError, TypeError, RecursionError) as error:
-                raise HdovdError(f"{file}: line {number} is damaged ({error})") from error
+                if wrong is None:
+                    raise HdovdError(f"{file}: line {number} is damaged ({error})") from error
+                wrong.append(f"{file.name}: line {number} is damaged ({error})")
         return found
 
     def write_csv(self) -> None:

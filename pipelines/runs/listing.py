@@ -195,7 +195,7 @@ def _epochs_done(path: Path, epochs: int | None, wrong: list[str]) -> int:
     at all.
     """
     try:
-        told = RunFolder(path).entries()
+        told = RunFolder(path).entries(wrong)
     except (HdovdError, OSError) as error:
         wrong.append(str(error))
         return 0
@@ -217,7 +217,8 @@ def _date(path: Path, record: Mapping[str, Any]) -> datetime:
     try:
         return datetime.fromisoformat(record["time"]).astimezone()
     except (KeyError, TypeError, ValueError):
-        return datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+        file = path / "run.json"
+        return datetime.fromtimestamp((file if file.exists() else path).stat().st_mtime).astimezone()
 
 
 def _number(value: Any) -> float | None:

@@ -231,6 +231,10 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         raise HdovdError(
             f'{file} is no checkpoint: expected a dict with "state_dict", names to tensors, as mmcv writes it'
         )
+    if around := sorted(
+        str(name) for name in content if "state_dict" in content and name not in ("state_dict", "meta")
+    ):
+        log(f"not used: {', '.join(around)}")
     tensors = {
         str(name).removeprefix("module."): torch.from_numpy(floats(value, f"{file}: {name}"))
         if value.is_floating_point()

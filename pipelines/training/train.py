@@ -7,6 +7,7 @@ pyramid for the machine.
 
 import inspect
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,14 +48,25 @@ from hdovd.pipelines.training.loop import Loop, UnsoundLoss
 from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet
 
 
-def compile_backbone(backbone: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_backbone(backbone: nn.Module, device: torch.device, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile a network in place at its first batch, for batches of all sizes; names in its state stay as they are.
 
     It is one graph without gaps: what torch cannot compile is an error in the first step (`told_shortly`), and never
     quietly left as it is. SyncBatchNorm is the exception, which talks to other processes: what lies between two of them
     is compiled. The rest of a detector (proposals, RoIs, matching) has as many rows as it finds, which differ from step
     to step, and is not compiled.
+
+    Raises HdovdError if there is no compiler for the device.
     """
+    number = float(time.time_ns())  # in the code: what was compiled before does not serve
+    try:
+        torch.compile(lambda rows: rows * number, backend=backend)(torch.ones(8, device=device))
+    except Exception as error:
+        need = "Triton (pip install triton)" if device.type == "cuda" else "a C++ compiler (apt-get install g++)"
+        raise HdovdError(
+            f"train.compile = true: torch cannot compile for {device.type} here ({in_a_line(error)}); it needs "
+            f"{need}. Without it, train with train.compile=false"
+        ) from error
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
     backbone.compile(backend=backend, dynamic=True, fullgraph=not synced)
 
@@ -202,7 +214,7 @@ def prepared(model: Network, recipe: Recipe, us: Team) -> Network:
         model.backbone = with_synced_norms(model.backbone)
     model = placed(model, us.device)
     if recipe.train.compile:
-        compile_backbone(model.backbone)
+        compile_backbone(model.backbone, us.device)
     return model
 
 
@@ -311,6 +323,8 @@ def _begin(
                     f"{job.out} holds a run without a checkpoint.pt: it cannot be resumed. Give another --out, or "
                     f"--overwrite"
                 )
+            if not (job.resume or job.overwrite):
+                RunFolder.require_none(job.out)  # another process may have begun one since it was asked first
             RunFolder.create(job.out, job.recipe, protocol, class_embeddings, {**data.record(), **origin, **now})
         else:
             run.go_on(int(state["log_bytes"]), {**now, "step": int(state["step"])})

@@ -211,7 +211,7 @@ ALLOWED = {
     "pipelines/ablation/ablate.py _locked": "a lock has no content",
     "pipelines/runs/folder.py log": "a log that grows; its last line may be torn",
     "pipelines/runs/folder.py synced_log_bytes": "of it",
-    "pipelines/runs/folder.py go_on": "of it",
+    "pipelines/runs/folder.py cut_log": "of it",
     "pipelines/common/process.py _run": "a log that grows",
     "pipelines/detection/detect.py __init__": "a log that grows, and goes in the end",
     "pipelines/detection/detect.py _write": "given to replace_file",

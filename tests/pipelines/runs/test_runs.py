@@ -125,12 +125,12 @@ def test_a_torn_last_line_of_the_log_is_what_a_kill_leaves(write_run: WriteRun) 
     assert read_run(path).state is State.NOT_EVALUATED
 
 
-def test_a_damaged_line_of_the_log_is_told(write_run: WriteRun) -> None:
+def test_a_damaged_line_of_the_log_hides_no_epoch(write_run: WriteRun) -> None:
     path = write_run("run", novel=10.0)
     first, *others = (path / "log.jsonl").read_text().splitlines()
     (path / "log.jsonl").write_text("\n".join([first, "nonsense", "5", *others, ""]))
     run = read_run(path)
-    assert (run.epochs_done, run.state, len(run.wrong)) == (0, State.DAMAGED, 1)
+    assert (run.epochs_done, run.state, len(run.wrong)) == (2, State.DAMAGED, 2)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
