@@ -347,7 +347,8 @@ class TarShards:
             sums = record.get("crc32")
             if not isinstance(sums, list) or len(sums) != len(places):
                 sums, verify = None, True
-            for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
+            measured = _Measured(stream) if verify else stream
+            for sample in group_by_keys(tar_file_expander([{"url": url, "stream": measured}])):
                 expected = f"{int(ids[place]):012d}" if place < places.stop else "no more"
                 if sample["__key__"] != expected:
                     raise HdovdError(
@@ -364,10 +365,7 @@ class TarShards:
                 raise HdovdError(
                     f"{url} is cut short: {place - places.start} of {len(places)} samples; export or copy it again"
                 )
-            if verify and (
-                self._folder.sha256(_name(number, "tar")) != record.get("sha256")
-                or unfinished_shards(self._folder, [number])
-            ):
+            if isinstance(measured, _Measured) and measured.at_end() != (record.get("bytes"), record.get("sha256")):
                 raise HdovdError(
                     f"{url} is damaged: size or sha256 are not those of its record; export or copy it again"
                 )
@@ -399,6 +397,25 @@ class TarShards:
 
     def _url(self, number: int) -> str:
         return f"{self.url}/{_name(number, 'tar')}"
+
+
+class _Measured:
+    """A stream that is measured while it is read."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._digest, self._bytes = stream, hashlib.sha256(), 0
+
+    def read(self, count: int) -> bytes:
+        data = self._stream.read(count)
+        self._digest.update(data)
+        self._bytes += len(data)
+        return data
+
+    def at_end(self) -> tuple[int, str]:
+        """Bytes and sha256 of the whole stream."""
+        while self.read(STREAM_BLOCK):
+            pass
+        return self._bytes, self._digest.hexdigest()
 
 
 class TarWriter:

@@ -233,10 +233,12 @@ def _norm_checks(product: Product, part: int, failed: set[int]) -> list[Check]:
 def _label_checks(product: Product, part: int) -> list[Check]:
     read = {name: Rows(product, name, parts={part}).read(*product.rows_of(part)) for name in product.row_objects(part)}
     noun, cosine = read["noun"], read["noun_cosine"]
-    most = Product(product.folder, Level.NOUN, str(product.key_inputs["noun"])).rows
+    key = str(product.key_inputs["noun"])
+    is_there = product.folder.exists(f"{Level.NOUN}/{key}/zarr.json")  # else that is what is found
+    most = Product(product.folder, Level.NOUN, key).rows if is_there else np.inf
     no_cosine = ~(abs(cosine) <= 1 + COSINE_TOLERANCE) | ((noun == -1) & (cosine != 0))
     checks: list[Check] = [
-        ("noun", (noun < -1) | (noun >= most), f"-1 to {most - 1}", noun),
+        ("noun", (noun < -1) | (noun >= most), f"-1 to {most - 1}" if is_there else "nouns, or -1", noun),
         ("noun_cosine", no_cosine, "cosines, and 0 where there is no noun", cosine),
     ]
     if product.dim:  # of several nouns

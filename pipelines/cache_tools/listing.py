@@ -227,8 +227,11 @@ def age(seconds: float) -> str:
 
 
 def info_lines(catalog: Catalog, name: str | None) -> list[str]:
-    """A set (by default the default one) or a product, whole. Raises HdovdError for a name that is neither."""
-    sets, wanted = catalog.sets(), name or DEFAULT_SET
+    """A set (by default the only one, or the default one) or a product, whole. Raises HdovdError for a name that is
+    neither.
+    """
+    sets = catalog.sets()
+    wanted = name or (next(iter(sets)) if len(sets) == 1 else DEFAULT_SET)
     entries = inventory(catalog.folder, catalog.users())
     if wanted in sets:
         return _set_lines(catalog, wanted, sets[wanted], entries)

@@ -196,7 +196,8 @@ def check_cache(config: CheckConfig, teacher: Teacher | None = None) -> Checked:
 def _check_folder(config: CheckConfig, report: Checked, teacher: Teacher | None) -> None:
     folder = open_folder(config.cache)
     sets, more = check_records(folder)
-    if config.features is not None and not folder.exists(f"sets/{config.features}.json"):
+    known = {*(f"sets/{name}.json" for name in sets), *(one.place for one in more)}
+    if config.features is not None and f"sets/{config.features}.json" not in known:
         raise HdovdError(
             f"{config.cache} has no set of features named {config.features}; it has {', '.join(sets) or 'none'}"
         )
@@ -211,8 +212,10 @@ def _check_folder(config: CheckConfig, report: Checked, teacher: Teacher | None)
             findings = ProductCheck(folder, product, needed.get(product, ""), report, bar.update).run()
             bar.clear()
             _tell(report, findings)
+    damaged = {finding.product for finding in report.findings}
+    are_read = not any(one.place in group_objects() or one.place.startswith("sets/") for one in more)
     for name, features in looked_at.items():
-        if not any(finding.product in (None, *features.levels.items()) for finding in report.findings):
+        if are_read and damaged.isdisjoint(features.levels.items()):
             _tell(report, check_set(folder, name, features))
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
         _check_pictures(config, name, features, report, teacher)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 DEFAULT_SIDES = 3  # of a dense teacher, of the crop input: 672 pixels where that has 224
 GPU_THREADS = 2  # one batch on its way to the GPU and back while another is computed
 PICTURES_KEPT = 4  # and one a thread: the boxes of a picture may go on in the next batch, which another thread is at
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = "/dev/shm"
 A = TypeVar("A")
 B = TypeVar("B")
 NO_FILE = PictureFile(b"", b"", 0, 0)  # of a picture in memory
@@ -54,6 +54,8 @@ NO_FILE = PictureFile(b"", b"", 0, 0)  # of a picture in memory
 def cut(picture: Tensor, region: Sequence[int]) -> Tensor:
     """The pixels of a region xyxy of (3, h, w); black outside the picture."""
     x0, y0, x1, y1 = region
+    if x0 >= 0 and y0 >= 0 and x1 <= picture.shape[2] and y1 <= picture.shape[1]:
+        return picture[:, y0:y1, x0:x1]  # no copy
     inside = picture[:, max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
     left, top = min(max(-x0, 0), x1 - x0), min(max(-y0, 0), y1 - y0)
     return F.pad(inside, (left, x1 - x0 - left - inside.shape[2], top, y1 - y0 - top - inside.shape[1]))
@@ -398,14 +400,16 @@ def embed(
 
 def _that_fit(workers: int, wanted: Wanted, input_size: tuple[int, int]) -> int:
     """As many workers as shared memory has room for, two batches each: containers often have little of it."""
-    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
-    fit = free // (2 * wanted.size * 3 * math.prod(input_size))
+    try:
+        fit = shutil.disk_usage(SHARED_MEMORY).free // (2 * wanted.size * 3 * math.prod(input_size))
+    except OSError:
+        return workers
     if fit < workers:
         log(
-            f"--workers {workers}: {SHARED_MEMORY} has room for the batches of {int(fit)} (docker run --shm-size 16g "
+            f"--workers {workers}: {SHARED_MEMORY} has room for the batches of {fit} (docker run --shm-size 16g "
             f"gives it more)"
         )
-    return int(min(fit, workers))
+    return min(fit, workers)
 
 
 def _made(loader: Iterable[A]) -> Iterator[A]:

@@ -17,7 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -159,12 +158,12 @@ def _compare(
         again = ""
         if plan.redo:
             again = f"tries again what could not be read: {counted(len(product.failed()), 'image')}"
+        if plan.redo and product.whole:
             plan.donor, plan.reuse = product, np.where(_usable(product)[:-1], np.arange(product.rows), -1)
         if product.whole:
             plan.decision, plan.reason = "extract" if plan.redo else "hit", again
             return
-        if not plan.redo:
-            _find_donor(catalog, plan, table, read_alike)
+        _find_donor(catalog, plan, table, read_alike)
         done = product.parts - len(plan.missing)
         plan.decision = "extend" if done or plan.donor else "extract"
         plan.reason = f"goes on: {done} of {product.parts} parts are done" + (f"; {again}" if again else "")
@@ -328,6 +327,7 @@ class Extraction:
         """
         busy: list[Unit] = []
         writes: deque[Future[None]] = deque()
+        asked: deque[tuple[PartRows, _Part, Wanted]] = deque()  # what is being embedded
         with ExitStack() as claims, ThreadPoolExecutor(1) as writer:
 
             def finish(part: _Part) -> None:
@@ -335,17 +335,17 @@ class Extraction:
                 while len(writes) > WRITES_BEHIND:
                     writes.popleft().result()
 
-            def wanted() -> Iterator[tuple[PartRows, _Part, Wanted]]:
+            def wanted() -> Iterator[Wanted]:
                 for part in self._claimed(units, busy, claims, wait):
                     if part.rows is None or not part.rows.missing.any():
                         finish(part)
                         continue
                     for batch in part.rows.batches(self._batch_size_of(part.unit.level)):
-                        yield part.rows, part, batch
+                        asked.append((part.rows, part, batch))
+                        yield batch
 
-            ahead, asked = tee(wanted())
-            answers = embed((batch for _, _, batch in ahead), self.embedders, self.teacher.device, self.workers)
-            for answer, (rows, part, batch) in zip(answers, asked, strict=True):
+            for answer in embed(wanted(), self.embedders, self.teacher.device, self.workers):
+                rows, part, batch = asked.popleft()
                 rows.take(batch, answer)
                 if self.bar is not None:
                     self.bar.update(len(batch.rows))
@@ -436,11 +436,15 @@ class Extraction:
         empty = np.zeros((stop - start, self.teacher.dim), np.float16)
         rows = PartRows(self.embedders[unit.level], start, empty, np.ones(stop - start, bool))
         if plan.reuse is not None and plan.donor is not None:
-            reuse = plan.reuse[start:stop]
+            reuse, donor = plan.reuse[start:stop], self._donors.get(unit.level)
+            if plan.donor.key == plan.key:  # made again: part by part, since others do so too
+                parts = {unit.part} & plan.donor.finished()
+                reuse = reuse if parts else np.full_like(reuse, -1)
+                donor = Rows(plan.donor, "embedding", parts=parts, checked=True)
+            elif donor is None:
+                donor = Rows(plan.donor, "embedding", parts=plan.donor.finished(), checked=True)
+                self._donors[unit.level] = donor
             rows.missing, there = reuse < 0, reuse[reuse >= 0]
-            if unit.level not in self._donors:
-                self._donors[unit.level] = Rows(plan.donor, "embedding", parts=plan.donor.finished(), checked=True)
-            donor = self._donors[unit.level]
             runs = np.split(there, np.flatnonzero(np.diff(there) != 1) + 1) if len(there) else []
             pieces = [donor.read(int(run[0]), int(run[-1]) + 1) for run in runs]
             rows.embedding[~rows.missing] = np.concatenate([empty[:0], *pieces])

@@ -58,6 +58,7 @@ def do_with_ray(extraction: Extraction, config: ExtractConfig, run: Run) -> None
                 f"no Ray cluster can be reached or started: {error}\nRAY_ADDRESS names one, `ray start --head` starts "
                 "one; does it ask for a token (RAY_AUTH_TOKEN)? `ray status` tries the connection"
             ) from error
+    at_work: list[Any] = []
     try:
         gpus, cpus, room, config = _of_a_worker(config)
         log(f"ray: room for {counted(room, 'worker')}, each with " + ("a GPU" if gpus else f"{cpus} CPU"))
@@ -78,6 +79,8 @@ def do_with_ray(extraction: Extraction, config: ExtractConfig, run: Run) -> None
             "is kept"
         ) from error
     finally:
+        for task_left in at_work if connected else ():
+            ray.cancel(task_left, force=True)
         if not connected:
             ray.shutdown()
 

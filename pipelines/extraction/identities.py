@@ -361,25 +361,29 @@ def object_text_entry(clip: Teacher, templates: Sequence[str], sets: Iterable[Fe
     rows = TextRows((WORD,))
     key = key_of(rows.inputs(clip, templates))
     for features in sets:
-        if features.object_text.get("key") == key:
+        if features.object_text.get("key") == key and _row_of(features, clip.dim) is not None:
             return dict(features.object_text)
     return {"key": key, "embedding": rows.embed(clip, templates, 0, 1)[0].astype(np.float16).tolist()}
 
 
-def object_text_of(features: FeatureSet, dim: int, where: str) -> Tensor | None:
-    """(D,) float32, normalised; None if the set has none. Raises HdovdError, naming `where`, if it is damaged."""
-    if not features.object_text:
-        return None
+def _row_of(features: FeatureSet, dim: int) -> Tensor | None:
+    """(D,) float32 as a set holds it; None if that is no embedding."""
     try:
         row = torch.tensor(features.object_text["embedding"], dtype=torch.float32)
     except (KeyError, TypeError, ValueError):
-        row = torch.zeros(0)
-    if row.shape != (dim,) or not row.isfinite().all() or not row.any():
+        return None
+    return row if row.shape == (dim,) and row.isfinite().all() and row.any() else None
+
+
+def object_text_of(features: FeatureSet, dim: int, where: str) -> Tensor | None:
+    """(D,) float32, normalised; None if the set has none. Raises HdovdError, naming `where`, if it is damaged."""
+    row = _row_of(features, dim)
+    if row is None and features.object_text:
         raise HdovdError(
             f'{where}: the text embedding of "{WORD}" is damaged (expected {dim} finite values): delete object_text from '  # noqa: E501
             f"the set's file and run its extract-clip again"
         )
-    return F.normalize(row, dim=0)
+    return None if row is None else F.normalize(row, dim=0)
 
 
 def give_object_text(model: Detector, row: Tensor | None, where: str) -> dict[str, str]:

@@ -318,6 +318,8 @@ def read_noun_file(path: Path) -> Nouns:
         )
     for row, name in enumerate(vocabulary):
         checked_name(name, f"{where}: vocabulary must be a list of names: number {row}")
+    if len(set(vocabulary)) < len(vocabulary):
+        raise HdovdError(f"{where}: vocabulary holds a name twice")
     by_image: dict[int, tuple[int, ...]] = {}
     for image_id, rows in images.items():
         known = isinstance(rows, list) and all(type(row) is int and 0 <= row < len(vocabulary) for row in rows)

@@ -98,7 +98,10 @@ def _cell(visual: nn.Module) -> int:
     if isinstance(visual, ModifiedResNet):
         return 16  # of layer 3
     patched: Any = getattr(visual.trunk, "patch_embed", None) if isinstance(visual, TimmModel) else visual
-    return int(to_2tuple(getattr(patched, "patch_size", 1))[0])  # they are square
+    height, width = to_2tuple(getattr(patched, "patch_size", 1))
+    if height != width:
+        raise HdovdError(f"no dense features of a CLIP whose patches are {height}x{width} pixels: they must be square")
+    return int(height)
 
 
 def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:

@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import QuickGELU
 from torch import Tensor
 from tqdm import tqdm
 
@@ -185,7 +187,7 @@ def load_clip(
     choose(precision, target, training=False)  # refused before weights are loaded
     config = _model_config(model, pretrained, random_weights)
     quick_gelu, notes = _activation(model, pretrained, config, activation)
-    tokenizer = _tokenizer(model, config)  # first: weights may take minutes
+    tokenizer = _tokenizer(model, config, random_weights)  # first: weights may take minutes
     of_file, said = _preprocessing_of_file(model, pretrained)
     overrides: dict[str, Any] = {"device": target, "force_preprocess_cfg": of_file}
     if quick_gelu != bool(config.get("quick_gelu", False)):
@@ -197,6 +199,8 @@ def load_clip(
             f"CLIP {model}{f' with {pretrained}' if pretrained else ''} cannot be loaded: {error}"
             + _how_to_fetch(repositories(model, pretrained, config))
         ) from error
+    if quick_gelu and not any(isinstance(module, QuickGELU) for module in net.modules()):
+        raise HdovdError(f"--clip {model} has activations of its own, and no QuickGELU: leave --activation out")
     identity: dict[str, Any] = {
         "architecture": _hash_config(config),
         "weights_sha256": _hash_weights(net),
@@ -317,9 +321,11 @@ def _how_to_fetch(repositories: Sequence[str]) -> str:
     )
 
 
-def _tokenizer(model: str, config: dict[str, Any]) -> Any:
+def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
     """open_clip's tokenizer for the model, which for SigLIP, CLIPA and others is one of Hugging Face's."""
     hugging_face = config["text_cfg"].get("hf_tokenizer_name")
+    if hugging_face and random_weights:  # whose texts mean nothing: do without a download
+        return partial(_one_token, length=config["text_cfg"].get("context_length", 77))
     try:
         return open_clip.get_tokenizer(model)
     except ImportError as error:
@@ -331,6 +337,10 @@ def _tokenizer(model: str, config: dict[str, Any]) -> Any:
         if hugging_face and model.startswith("local-dir:"):  # open_clip looks for it nowhere else
             way = "\nThe folder must hold its files too: tokenizer.json and tokenizer_config.json"
         raise HdovdError(f"the tokenizer of {model} cannot be loaded: {error}{way}") from error
+
+
+def _one_token(texts: Sequence[str], length: int, context_length: int | None = None) -> Tensor:
+    return torch.ones(len(texts), context_length or length, dtype=torch.long)
 
 
 def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str, Any] | None, str]:

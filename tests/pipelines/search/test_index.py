@@ -23,7 +23,7 @@ from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import LOGGER
 from hdovd.pipelines.cache_tools.config import CheckConfig
-from hdovd.pipelines.cache_tools.listing import delete_garbage, find_garbage, info_lines, product_lines
+from hdovd.pipelines.cache_tools.listing import Garbage, delete_garbage, find_garbage, info_lines, product_lines
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.extraction.source import CacheSet
 from hdovd.pipelines.search import nearest
@@ -195,7 +195,7 @@ def test_cache_commands_know_it(tmp_path: Path, said: Callable[[], str]) -> None
     assert [text.count("whole, indexed") for text in listed] == [1, 1]
     assert not check_cache(CheckConfig(cache=folder)).findings
     catalog = Catalog(folder)
-    assert not find_garbage(catalog).everything
+    assert find_garbage(catalog) == Garbage()
     delete_garbage(catalog, find_garbage(catalog, "default"), unfinished=False, without_set="default")
     assert not _objects(folder)
 
