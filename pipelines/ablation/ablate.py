@@ -82,12 +82,11 @@ def ablate(config: AblateConfig) -> Ablation:
     Raises HdovdError, before anything runs, for a wrong grid, data or a cache that are not there, and runs of another
     config, or another cache, in OUT. What else is wrong with the data is told by each run.
     """
+    config.check()
     plans = plan(config)
     found = Ablation(_table(config, plans), plans)
     if config.dry_run:
         return found
-    if found.left:
-        config.check()
     config.out.mkdir(parents=True, exist_ok=True)
     with _locked(config.out) as lock:
         to_do = [planned for planned in plans if planned.left]
