@@ -169,9 +169,8 @@ def load_split(
             f"({shorten(list(wanted))})" + "".join("\n" + line for line in skips.lines())
         )
     keep_empty = protocol.keep_empty_train if base_only else protocol.keep_empty_val
-    known = federated_classes(found, [*found.images], asked, protocol) if protocol.federated else None
     kept, empty = list[ImageBoxes](), list[int]()
-    for row, (i, (name, width, height)) in enumerate(found.images.items()):
+    for i, (name, width, height) in found.images.items():
         own = np.array(rows[i], np.int64)
         if not rows[i] and i in spoilt:
             skips.add("image, no annotation of it is left", i)
@@ -182,7 +181,10 @@ def load_split(
         else:
             labels = np.array([label_of[c] for c in found.categories[own].tolist()], np.int64)
             present = np.bincount(labels, minlength=len(wanted)) > 0
-            judged = (known[0][row] | present) & ~known[1][row] if known else None
+            judged = None
+            if protocol.federated:
+                absent, unfinished = federated_classes(found, [i], asked, protocol)
+                judged = (absent[0] | present) & ~unfinished[0]
             kept.append(ImageBoxes(i, name, width, height, found.corners[own], labels, found.ids[own], judged))
     return Split(kept, folder, annotations, coco_ids, skips, empty=empty)
 
@@ -211,7 +213,6 @@ def federated_classes(
     """
     import numpy as np
 
-    label_of = {coco_id: label for label, coco_id in enumerate(coco_ids)}
     absent, unfinished = np.zeros((2, len(image_ids), len(coco_ids)), bool)
     for row, image_id in enumerate(image_ids):
         if image_id not in found.absent:
@@ -219,8 +220,8 @@ def federated_classes(
                 f"{found.file}: image {image_id} has no neg_category_ids, which say what is known not to be in it: "
                 f"protocol {protocol.name} is for LVIS's annotations, not for COCO's"
             )
-        absent[row, [label_of[c] for c in found.absent[image_id] if c in label_of]] = True
-        unfinished[row, [label_of[c] for c in found.unfinished.get(image_id, ()) if c in label_of]] = True
+        absent[row] = np.isin(coco_ids, found.absent[image_id])
+        unfinished[row] = np.isin(coco_ids, found.unfinished.get(image_id, ()))
     return absent, unfinished
 
 

@@ -145,6 +145,7 @@ class Detector(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
+    @torch.inference_mode()
     def predict(self, images: list[Tensor], texts: Tensor) -> list[RoIPredictions]:
         """Boxes of every image with their scores for any classes; no gradient.
 

@@ -123,7 +123,7 @@ def nms_of_parts(boxes: Tensor, scores: Tensor, part: Tensor, threshold: float) 
     if not torch.onnx.is_in_onnx_export():
         return batched_nms(boxes.double(), scores.double(), part, threshold)  # type: ignore[no-any-return]
     parts = torch.arange(F.pad(part, (0, 1)).amax() + 1)[:, None]  # type: ignore[call-overload]  # in a trace, sizes are tensors
-    kept = _OnnxNms.apply(boxes[None], scores.where(part == parts, NO_SCORE)[None], threshold)[:, 2]
+    kept = OnnxNms.apply(boxes[None], scores.where(part == parts, NO_SCORE)[None], threshold)[:, 2]
     kept = kept.sort().values  # of equal scores the first, as torch has it
     return cast(Tensor, kept[scores[kept].sort(descending=True).indices])
 
@@ -131,7 +131,7 @@ def nms_of_parts(boxes: Tensor, scores: Tensor, part: Tensor, threshold: float) 
 NO_SCORE = -1.0  # less than any
 
 
-class _OnnxNms(torch.autograd.Function):
+class OnnxNms(torch.autograd.Function):
     """The operator that ONNX has for NMS in float32 within each part: boxes (1, n, 4), scores (1, P, n), NO_SCORE those
     of other parts -> (k, 3) int64, 0, the part and the place.
     """

@@ -176,6 +176,7 @@ def load_run_clip(run: RunFolder, given: ClipName | None, device: torch.device) 
 Shown = Path | str | Mapping[str, Sequence[AnyPicture]]  # a folder, a COCO file, or pictures by name
 SAMPLED_IMAGES = 4_000  # of a cache: a mean needs no more
 BATCH = 64  # crops
+LONGEST_ASKED = 1_000  # characters of a name: it may be a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +256,8 @@ def told_apart(names: Iterable[str], what: str) -> dict[str, str]:
     """Names without needless spaces, by what tells them apart. Raises HdovdError for none, two alike, and one that is
     empty or cannot be printed.
     """
-    found = [" ".join(checked_name(name, f"{what}: the name of a class").split()) for name in names]
+    plain = (" ".join(name.split()) if isinstance(name, str) else name for name in names)
+    found = [checked_name(name, f"{what}: the name of a class", LONGEST_ASKED) for name in plain]
     times = Counter(map(folded, found))
     if twice := sorted(name for name in found if times[folded(name)] > 1):
         raise HdovdError(f"{what}: named twice: {shorten(list(twice))}; each class once, in capitals or not")
@@ -408,7 +410,11 @@ class NameEmbedder:
         file = self._kept_in / "names" / f"{made_by}.safetensors"
         try:
             if identity and file.is_file():
-                kept = load_tensors(file)
+                kept = {
+                    text: row
+                    for text, row in load_tensors(file).items()
+                    if row.shape == (self.dim,) and row.dtype == torch.float16
+                }
         except Exception:  # safetensors has errors of its own, for a file that others delete meanwhile too
             log(f"note: {file} is damaged: names are embedded anew")
         texts = {name: str(said(name)) for name in others}

@@ -154,7 +154,12 @@ def read_table(path: Path, annotations: Path | None = None, order: ListOrder = L
         table = ProposalTable(*read_pickle(path, annotations, order))
     else:
         table = read_coco_results(path)
-        table = _with_made_by(table, read_json(sidecar, "made_by"), sidecar) if sidecar.is_file() else table
+        if sidecar.is_file():
+            try:
+                table = _with_made_by(table, read_json(sidecar, "made_by"), sidecar)
+            except HdovdError as error:
+                note = f"{error}: what made these proposals counts as unknown"
+                table = replace(table, notes=(*table.notes, note))
     if not len(table.image_id):
         raise HdovdError(
             f"{path} holds no proposals; make them with hdovd propose, or leave --proposals out to cache base boxes "

@@ -21,12 +21,22 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hdovd.core.errors import HdovdError, Unfit, system_reason
-from hdovd.core.text_files import shown
-from hdovd.data.coco import read_instances, whole
+from hdovd.core.text_files import JsonStream, shown
+from hdovd.data.coco import whole
 from hdovd.pipelines.common.options import ListOrder
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, str, tuple[str, ...]]  # as `ProposalTable` begins
 _NUMBER = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|c8|c16)")
+_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
+_MODULES = {
+    "_reconstruct": _MULTIARRAY,
+    "scalar": _MULTIARRAY,
+    "_frombuffer": ("numpy.core.numeric", "numpy._core.numeric"),
+    "ndarray": ("numpy",),
+    "dtype": ("numpy",),
+    "encode": ("_codecs",),
+    "bytes": ("builtins", "__builtin__"),
+}
 _RENAMED = {"indexes": "ids", "scores": "objectness_logits"}
 _MOST_OUTSIDE = 0.01  # of the boxes: mmdetection cuts proposals to the image, so in the right order none reach out
 
@@ -35,76 +45,41 @@ class _Refused(Exception):
     """What the pickle asks for and does not get."""
 
 
-def _filled(raw: Any, dtype: Any, shape: Any) -> bytes:
-    """The bytes that fill an array; Python 2 and protocol 2 pickle them as text."""
-    raw = raw.encode("latin1") if isinstance(raw, str) else raw
-    if (
-        not isinstance(raw, bytes | bytearray)
-        or not isinstance(dtype, np.dtype)
-        or not all(type(side) is int and side >= 0 for side in shape)
-        or math.prod(shape) * dtype.itemsize != len(raw)
-    ):
-        raise _Refused("a numpy array whose shape, number type and bytes do not fit together")
-    return bytes(raw)
-
-
-def _reconstruct(*_: Any) -> np.ndarray:
-    return np.zeros(0)  # its state follows
-
-
-def _scalar(dtype: np.dtype[Any], raw: bytes | str) -> Any:
-    return np.frombuffer(_filled(raw, dtype, ()), dtype)[0]
-
-
-def _from_buffer(raw: bytes, dtype: np.dtype[Any], shape: Any, order: Any, axes: Any = None) -> np.ndarray:
-    shape = shape if isinstance(shape, tuple) else (shape,)
-    values: np.ndarray = np.frombuffer(_filled(raw, dtype, shape), dtype)
-    if order == "K" and axes is not None:
-        return values.reshape(shape).transpose(axes)
-    return values.reshape(shape, order="F" if order == "F" else "C")
-
-
-def _dtype(code: Any, *_: Any) -> np.dtype[Any]:
-    if not isinstance(code, str) or not _NUMBER.fullmatch(code):
-        raise _Refused(f"numpy.dtype {_shown(code)}, which is no number type")
-    return np.dtype(code, False, True)  # a copy, which takes a state
-
-
-def _encode(text: Any, encoding: Any = None) -> bytes:
-    if type(text) is not str or encoding != "latin1":  # other codecs import modules and expand what they are given
-        raise _Refused(f"_codecs.encode with the codec {_shown(encoding)}")
-    return text.encode("latin1")
-
-
-def _no_bytes() -> bytes:
-    return b""  # how protocol 2 says it
-
-
-_KNOWN: dict[str, Any] = {
-    "numpy.ndarray": "numpy.ndarray",  # named in every array and never called: no class may be within reach
-    "numpy.dtype": _dtype,
-    **dict.fromkeys(("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"), _reconstruct),
-    **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), _scalar),
-    **dict.fromkeys(("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"), _from_buffer),
-    "_codecs.encode": _encode,
-    **dict.fromkeys(("builtins.bytes", "__builtin__.bytes"), _no_bytes),
-}
-
-
 class _ArrayUnpickler(pickle._Unpickler):
     stack: list[Any]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="latin1")  # Python 2 has no bytes type: its arrays hold such text
+        self._bytes_left = 2 * len(data)  # text becomes bytes, and these an array
+        self._known = {
+            "_reconstruct": self._reconstruct,
+            "scalar": self._scalar,
+            "_frombuffer": self._from_buffer,
+            "ndarray": "numpy.ndarray",  # named in every array and never called: no class may be within reach
+            "dtype": self._dtype,
+            "encode": self._encode,
+            "bytes": self._no_bytes,
+        }
 
     def find_class(self, module: str, name: str, /) -> Any:
         """Names are looked up whole: a dotted name walks from no object to the next."""
-        if "." in name or f"{module}.{name}" not in _KNOWN:
+        if module not in _MODULES.get(name, ()):
             raise _Refused(_shown(f"{module}.{name}"))
-        return _KNOWN[f"{module}.{name}"]
+        return self._known[name]
 
     def load_build(self) -> None:
         state, built = self.stack.pop(), self.stack[-1]
         match built, state:
-            case np.ndarray(), (_, tuple() as shape, np.dtype() as dtype, bool() | int() as fortran, raw):
-                self.stack[-1].__setstate__((1, shape, dtype, bool(fortran), _filled(raw, dtype, shape)))
+            case np.ndarray(), (
+                _,
+                tuple() as shape,
+                np.dtype() as dtype,
+                bool() | int() as fortran,
+                bytes() | str() as raw,
+            ):
+                self.stack[-1].__setstate__((1, shape, dtype, bool(fortran), self._raw(raw, dtype, shape)))
             # Subarray, names, fields, size, alignment, flags: numpy believes these, so they must say "a plain number".
             case np.dtype(), (3 | 4, "<" | ">" | "=" | "|" as order, None, None, None, -1, -1, 0, *_):
                 self.stack[-1].__setstate__((3, order, None, None, None, -1, -1, 0))
@@ -115,7 +90,79 @@ class _ArrayUnpickler(pickle._Unpickler):
                     f"attributes of {type(built).__name__} that are not shape, number type and bytes of an array"
                 )
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    def load_setitem(self) -> None:
+        self._fill([self.stack.pop(-2), self.stack.pop()])
+
+    def load_setitems(self) -> None:
+        self._fill(self.pop_mark())
+
+    def _fill(self, items: list[Any]) -> None:
+        """Keys and values in turn, of a dict: an array would take lists of lists for a key, and make as much of them as
+        they say.
+        """
+        if type(self.stack[-1]) is not dict:
+            raise _Refused(f"items of {type(self.stack[-1]).__name__}")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def load_bytearray8(self) -> None:
+        self.stack.append(
+            bytearray(self.read(int.from_bytes(self.read(8), "little")))
+        )  # Python's reserves the memory first
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
+
+    def _raw(
+        self, raw: bytes | bytearray | str, dtype: Any = None, shape: tuple[Any, ...] | None = None
+    ) -> bytes | bytearray:
+        """Bytes, which Python 2 and protocol 2 pickle as text; all of them together may not be more than such a file
+        holds.
+
+        With a shape: bytes that fill an array.
+        """
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        self._bytes_left -= len(raw)
+        if self._bytes_left < 0:
+            raise _Refused("more bytes than the file holds")
+        if shape is not None and (
+            type(raw) not in (bytes, bytearray)
+            or not isinstance(dtype, np.dtype)
+            or not all(type(side) is int and side >= 0 for side in shape)
+            or math.prod(shape) * dtype.itemsize != len(raw)
+        ):
+            raise _Refused("a numpy array whose shape, number type and bytes do not fit together")
+        return raw
+
+    def _dtype(self, code: Any, *_: Any) -> np.dtype[Any]:
+        if not isinstance(code, str) or not _NUMBER.fullmatch(code):
+            raise _Refused(f"numpy.dtype {_shown(code)}, which is no number type")
+        return np.dtype(code, False, True)  # a copy, which takes a state
+
+    def _reconstruct(self, *_: Any) -> np.ndarray:
+        return np.zeros(0)  # its state follows
+
+    def _from_buffer(self, raw: bytes, dtype: np.dtype[Any], shape: Any, order: Any, axes: Any = None) -> np.ndarray:
+        shape = shape if isinstance(shape, tuple) else (shape,)
+        values: np.ndarray = np.frombuffer(self._raw(raw, dtype, shape), dtype)
+        if order == "K" and axes is not None:
+            return values.reshape(shape).transpose(axes)
+        return values.reshape(shape, order="F" if order == "F" else "C")
+
+    def _scalar(self, dtype: np.dtype[Any], raw: bytes | str) -> Any:
+        return np.frombuffer(self._raw(raw, dtype, ()), dtype)[0]
+
+    def _encode(self, text: Any, encoding: Any = None) -> bytes | bytearray:
+        if type(text) is not str or encoding != "latin1":  # other codecs import modules and expand what they are given
+            raise _Refused(f"_codecs.encode with the codec {_shown(encoding)}")
+        return self._raw(text)
+
+    def _no_bytes(self) -> bytes:
+        return b""  # how protocol 2 says it; bytes of a number would be that many zeros
 
 
 def _shown(text: Any) -> str:
@@ -136,7 +183,11 @@ def load_arrays(path: Path) -> Any:
     try:
         if not data.endswith(pickle.STOP):  # cut, perhaps in a name that would be refused
             raise EOFError("it does not end as pickles do")
-        return _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
+        unpickler = _ArrayUnpickler(data)
+        loaded = unpickler.load()
+        if unpickler.read(1):
+            raise ValueError("it goes on after its end")
+        return loaded
     except _Refused as refused:
         raise HdovdError(
             f"{path} was not loaded: its pickle asks for {refused}, and a pickle can run any program that way. "
@@ -193,7 +244,7 @@ def read_pickle(path: Path, annotations: Path | None, order: ListOrder) -> Colum
 
 
 def _of_list(content: list[Any], path: Path, annotations: Path, order: ListOrder) -> Columns:
-    images = read_instances(annotations).images
+    images = _images(annotations)
     if len(content) != len(images):
         raise HdovdError(
             f"{path} holds proposals for {len(content)} images, {annotations} lists {len(images)}, and they go "
@@ -205,7 +256,7 @@ def _of_list(content: list[Any], path: Path, annotations: Path, order: ListOrder
     ids = {each: list(images) if each is ListOrder.FILE else sorted(images) for each in ListOrder}
     outside = {}
     for each in ListOrder:
-        size = np.array([images[number][1:] for number in ids[each]], np.float32).repeat(counts, axis=0)
+        size = np.array([images[number] for number in ids[each]], np.float32).repeat(counts, axis=0)
         outside[each] = int(((box[:, 2:] > size + 1).any(axis=1) | (box[:, :2] < -1).any(axis=1)).sum())
     notes: tuple[str, ...] = (
         f"{path.name} is a list without image ids: it was taken to go with the images of {annotations} "
@@ -222,6 +273,21 @@ def _of_list(content: list[Any], path: Path, annotations: Path, order: ListOrder
         notes += (f"{found}: is that the annotation file that they were made for?",)
     score = np.concatenate([np.zeros(0, np.float32), *(scores for _, scores in parts)])
     return np.array(ids[order], np.int64).repeat(counts), box, score, f"a pickled list, {order.words}", notes
+
+
+def _images(annotations: Path) -> dict[int, list[int]]:
+    """Width and height of an annotation file's images by id, in its order; reads no further than it must."""
+    sizes: dict[int, list[int]] = {}
+    for key, item in JsonStream(annotations, "annotations"):
+        if key == "images":
+            where = f"{annotations}: image number {len(sizes)}"
+            if not isinstance(item, dict):
+                raise HdovdError(f"{where} is {shown(item)}, expected an image")
+            number, *size = (whole(item.get(name), f"{where}: {name}") for name in ("id", "width", "height"))
+            sizes[number] = size
+        elif sizes:
+            break
+    return sizes
 
 
 def _of_dict(content: dict[Any, Any], path: Path) -> Columns:
@@ -268,12 +334,15 @@ def _plain(value: Any) -> Any:
 def _scores(value: Any, what: str, count: int) -> np.ndarray:
     """(count,) float32 of an array or a list of numbers."""
     try:
-        values = np.asarray(value, np.float32).reshape(-1)
-    except (ValueError, TypeError) as error:  # lists of different lengths too
-        raise HdovdError(f"{what}: objectness_logits are {shown(value)} of something else than numbers") from error
+        values = np.asarray(value).reshape(-1)
+    except ValueError:  # lists of different lengths
+        values = np.array(None)
+    if values.dtype.kind not in "iuf":
+        raise HdovdError(f"{what}: objectness_logits are {shown(value)} of something else than numbers")
     if len(values) != count:
         raise HdovdError(f"{what} has {count} boxes and {len(values)} objectness_logits")
-    return values
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def _boxes(value: Any, what: str) -> tuple[np.ndarray, np.ndarray]:

@@ -234,6 +234,13 @@ class Parts:
     def file(self, part: int) -> Path:
         return self.folder / f"{part:05d}-of-{self.size}-{self.key}.npz"
 
+    def is_done(self, part: int) -> bool:
+        """A damaged one is made again."""
+        try:
+            return self.file(part).is_file() and bool(self.read(part))
+        except HdovdError:
+            return False
+
     def write(self, part: int, found: dict[int, Proposals], **told: list[Any]) -> None:
         """What was found in the pictures of a part, by image id, and what is told of it: JSON values by name, such as
         `unreadable`, why pictures could not be read. Raises HdovdError if there is no room.
@@ -405,7 +412,7 @@ def find_parts(
     """Write the parts that are not there, of which each process has its own. `kept`: what to keep of what was found;
     `find`, `trained_by`, `what`: as of `found_in`. Raises Stopped if a signal came.
     """
-    mine = [part for part in parts.numbers if not parts.file(part).is_file()][us.rank :: us.world]
+    mine = [part for part in parts.numbers if not parts.is_done(part)][us.rank :: us.world]
     us.wait()  # all have looked, before the first one writes
     numbers = [number for part in mine for number in parts.rows(part)]
     results = found_in(pictures, numbers, find, trained_by, us, what)

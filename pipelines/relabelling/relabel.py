@@ -309,8 +309,10 @@ def _selection(features: FeatureSet) -> Selection:
 
 
 def _is_there(config: RelabelConfig, origin: dict[str, Any]) -> bool:
-    """Whether the files are those of this round."""
-    if not (config.proposals.is_file() and config.verdicts.is_file()):
+    """Whether the files are those of this round; damaged ones are made again."""
+    try:
+        made_by = read_table(config.proposals).made_by or {}
+        verdicts = {"verdicts_sha256": hash_file(config.verdicts)}
+    except (HdovdError, OSError):
         return False
-    made_by, verdicts = read_table(config.proposals).made_by or {}, {"verdicts_sha256": hash_file(config.verdicts)}
     return made_by | {"selection": None} == origin | {"selection": None} | verdicts

@@ -57,31 +57,40 @@ Files = Mapping[str, Sequence[bytes]]
 Answer = dict[str, Any]
 
 
-def detections(detector: Detector, texts: Texts, files: Files) -> Answer:
-    """What is in `picture`: of `names`, of the classes of examples, or if there are neither of the run's classes; mix,
-    alone: as of `Detector.set_examples`. Raises HdovdError.
-    """
-    names, alone, mix = listed(texts, "names"), bool(texts.get("alone")), one(texts, "mix", float, DEFAULT_MIX)
-    shown = {unquote(name[len(EXAMPLE) :]): crops for name, crops in files.items() if name.startswith(EXAMPLE)}
-    if "picture" not in files:
-        raise HdovdError("no picture was sent")
-    if strange := [name for name in texts if name.startswith(EXAMPLE)]:
-        raise HdovdError(f"{strange[0]}: expected a picture, found text")
-    if shown:
-        detector.set_examples(shown, names=names, mix=mix, alone=alone)
-    else:
-        detector.set_classes(names or detector.protocol.names, alone=alone)
-    picture, novel = decode(files["picture"][0]), detector.is_novel.tolist()
-    best = detector.find([picture], detector.recipe.inference.score_threshold)[0]
-    rows = zip(best.names, best.labels.tolist(), best.scores.tolist(), best.boxes.tolist(), strict=True)
-    return {
-        "width": picture.width,
-        "height": picture.height,
-        "names": detector.names,
-        "detections": [
-            {"name": name, "novel": novel[label], "score": score, "box": box} for name, label, score, box in rows
-        ],
-    }
+class Finding:
+    """What a run's detector finds. What it was asked for last is not embedded again."""
+
+    def __init__(self, detector: Detector) -> None:
+        self._detector = detector
+        self._asked: object = None
+
+    def answer(self, texts: Texts, files: Files) -> Answer:
+        """What is in `picture`: of `names`, of the classes of examples, or if there are neither of the run's classes;
+        mix, alone: as of `Detector.set_examples`. Raises HdovdError.
+        """
+        detector, names, alone = self._detector, listed(texts, "names"), bool(texts.get("alone"))
+        shown = {unquote(name[len(EXAMPLE) :]): crops for name, crops in files.items() if name.startswith(EXAMPLE)}
+        if "picture" not in files:
+            raise HdovdError("no picture was sent")
+        if strange := [name for name in texts if name.startswith(EXAMPLE)]:
+            raise HdovdError(f"{strange[0]}: expected a picture, found text")
+        if (asked := (names, shown, mix := one(texts, "mix", float, DEFAULT_MIX), alone)) != self._asked:
+            if shown:
+                detector.set_examples(shown, names=names, mix=mix, alone=alone)
+            else:
+                detector.set_classes(names or detector.protocol.names, alone=alone)
+            self._asked = asked
+        picture, novel = decode(files["picture"][0]), detector.is_novel.tolist()
+        best = detector.find([picture], detector.recipe.inference.score_threshold)[0]
+        rows = zip(best.names, best.labels.tolist(), best.scores.tolist(), best.boxes.tolist(), strict=True)
+        return {
+            "width": picture.width,
+            "height": picture.height,
+            "names": detector.names,
+            "detections": [
+                {"name": name, "novel": novel[label], "score": score, "box": box} for name, label, score, box in rows
+            ],
+        }
 
 
 def hits(config: SearchConfig, searched: Searched, texts: Texts, files: Files) -> Answer:
@@ -185,7 +194,7 @@ class Site:
         routes = [Route("/", self.page)]
         clip: dict[str, Any] = {"clip": config.clip, "pretrained": config.pretrained, "device": config.device}
         if config.run is not None:
-            find = partial(detections, Detector.from_run(config.run, trust=config.trust, **clip))
+            find = Finding(Detector.from_run(config.run, trust=config.trust, **clip)).answer
             routes.append(Route("/detect", partial(self.answered, find), methods=["POST"]))
         if config.cache is not None:
             asked = SearchConfig(cache=config.cache, features=config.features, data=config.data, queries=("-",), **clip)

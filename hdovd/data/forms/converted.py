@@ -367,7 +367,7 @@ def _task(task: dict[str, Any], where: str) -> _Labelled:
     plain = [checked_name(_path(found[0]), f"{where}: picture", LONGEST_PATH), found[0]]  # "#" may be of the name
     names = [*plain, *(re.sub(r"(^|/)[0-9a-f]{8}-([^/]+)$", r"\1\2", name) for name in plain)]  # uploads' numbers
     boxes, notes, lists, size = list[Any](), list[str](), set[str](), None
-    every = task.get("annotations", () if "data" in task else [task])  # JSON-MIN has one, the task itself
+    every = task.get("annotations", ()) if "data" in task else [task]  # JSON-MIN has one, the task itself
     done = [one for one in every if not one.get("was_cancelled") and one.get("annotation_id", "") is not None]
     if not done:
         return _Labelled(names, notes=["pictures left out, without a finished annotation"])

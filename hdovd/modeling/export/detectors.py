@@ -17,7 +17,7 @@ from torchvision.models.detection.image_list import ImageList
 from hdovd.core.registry import resolve
 from hdovd.modeling.base import Detector, Regions
 from hdovd.modeling.batching import SIZE_DIVISOR
-from hdovd.modeling.boxes import best_places, combine_scores, kept_places
+from hdovd.modeling.boxes import NO_SCORE, OnnxNms, best_places, combine_scores, kept_places
 
 
 class ExportableDetector(nn.Module):
@@ -56,6 +56,13 @@ class ExportableDetector(nn.Module):
         if second is not None:
             scores = combine_scores(scores, second, is_novel, config.alpha, config.beta)
         scores = scores[:, :-1]
+        if image.dim() == 3 and config.nms < 1 and torch.onnx.is_in_onnx_export():  # of all scores: in little memory
+            over = scores.where(scores > config.score_threshold, NO_SCORE).T[None]
+            kept = OnnxNms.apply(found.boxes[None], over, config.nms)
+            classes, flat = torch._shape_as_tensor(scores)[1], scores.flatten()
+            place = (kept[:, 2] * classes + kept[:, 1]).sort().values
+            best = place[best_places(flat[place], config.detections_per_image)]
+            return found.boxes[best // classes], flat[best], best % classes
         if image.dim() == 3:
             roi, label = (scores > config.score_threshold).nonzero().unbind(1)
             boxes, score = found.boxes[roi], scores[roi, label]

@@ -48,6 +48,16 @@ def test_the_registry_builds_what_it_names() -> None:
     assert DETECTORS.keys() == FORMS.keys() - {"own"}
 
 
+@pytest.mark.parametrize("recipe", ["demo", "demo-adamixer", "demo-rtdetr"])
+def test_no_graph_is_kept_of_what_is_predicted(recipe: str) -> None:
+    model = build_detector(load_recipe(recipe), 8, initialise=False).eval()
+    if not model.knows_objects:
+        model.set_object_text(torch.ones(8))
+    [found] = model.predict([torch.zeros(3, 64, 96, dtype=torch.uint8)], torch.eye(8)[:3])
+    assert not found.boxes.requires_grad
+    assert not found.s1.requires_grad
+
+
 def test_a_detector_of_ones_own_gets_its_options(module: str, tmp_path: Path) -> None:
     recipe = load_recipe("demo", [f"detector.name={module}:Mine", "detector.width=3"])
     model = build_detector(recipe, 8, initialise=False)

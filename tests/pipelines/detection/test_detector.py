@@ -103,7 +103,7 @@ def test_embeddings_of_ones_own_stand_for_names(detector: Detector, distilled: R
     ("names", "said"),
     [
         ([], "no classes"),
-        (["a", " "], "the text ' ', expected a name"),
+        (["a", " "], "the text '', expected a name"),
         (["Dog", "dog "], "named twice"),
         ("dog", "a list of names"),
     ],

@@ -215,6 +215,9 @@ def test_names_are_taken_whole(tmp_path: Path, module: str, name: str) -> None:
         (ENCODE + b"}\x8c\x08function)sb", "attributes of"),
         (b"]}\x8c\x01x)sb", "attributes of list"),
         (RECONSTRUCT + b")R}\x8c\x01x)sb", "attributes of ndarray"),
+        (RECONSTRUCT + b")RK\0K\x01s", "items of ndarray"),
+        (RECONSTRUCT + b")R(K\0K\x01u", "items of ndarray"),
+        (b"](K\0K\x01u", "items of list"),
     ],
 )
 def test_instructions_that_arrays_do_not_need(tmp_path: Path, data: bytes, named: str) -> None:
@@ -232,6 +235,8 @@ def test_nothing_is_left_changed_by_a_refused_pickle(tmp_path: Path) -> None:
 
 def test_torch_file_given_for_a_pickle(tmp_path: Path) -> None:
     torch.save([torch.zeros(3)], tmp_path / "p.pkl")
+    _refused(tmp_path, (tmp_path / "p.pkl").read_bytes(), "no pickle")
+    torch.save([torch.zeros(3)], tmp_path / "p.pkl", _use_new_zipfile_serialization=False)
     _refused(tmp_path, (tmp_path / "p.pkl").read_bytes(), "no pickle")
 
 
@@ -301,15 +306,18 @@ def test_codec_of_the_files_choice(tmp_path: Path) -> None:
 
 
 def _bombs() -> dict[str, bytes]:
+    million = _text("x" * 1_000_000)
     huge = struct.pack("<Q", 2**33)
     return {
         "memo": b"]r\xff\xff\xff\xff0r\xff\xff\xff\xff",
         "bytes": b"\x8e" + huge,
+        "bytearray": b"\x96" + huge,
         "text": b"\x8d" + huge,
         "integer": b"\x8b\xff\xff\xff\x7f",
         "frame": b"\x95" + huge,
         "zeros": b"cbuiltins\nbytes\n\x8a\x05\0\0\0\0\x02\x85R",
         "shape": RECONSTRUCT + NDARRAY + b"\x8a\x05\0\0\0\0\x02\x85C\x01b\x87R",
+        "copies": million + b"q\x00](" + (ENCODE + b"h\x00" + _text("latin1") + b"\x86R") * 300 + b"e",
         "laughs": b"]" + b"q\x00](h\x00h\x00h\x00h\x00e" * 200 + b"q\x01K\x01a",
         "cycle": b"]q\x00h\x00a",
         "depth": b"]" * 100_000 + b"a" * 99_999,
@@ -327,6 +335,15 @@ def test_small_file_takes_little_memory(tmp_path: Path, name: str) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64e6
+
+
+def test_bytes_used_again_and_again_are_refused(tmp_path: Path) -> None:
+    raw = np.zeros(1_000_000, np.uint8).tobytes()
+    array = _array(b"h\x02", b"h\x01", b"h\x00")
+    shape = b"J" + struct.pack("<i", len(raw)) + b"\x85"
+    data = b"\x80\x04B" + struct.pack("<I", len(raw)) + raw + b"q\x000" + _dtype("u1") + b"q\x010" + shape + b"q\x020]("
+    assert [len(one) for one in _load(tmp_path, data + array * 2 + b"e.")] == [1_000_000] * 2
+    _refused(tmp_path, data + array * 500 + b"e.", "more bytes than the file holds")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -367,6 +384,7 @@ def test_not_a_pickle(tmp_path: Path) -> None:
         b"version https://git-lfs",
     ):
         _refused(tmp_path, data, "")
+    _refused(tmp_path, pickle.dumps(1) * 2, "goes on after its end")
     with pytest.raises(HdovdError, match=r"cannot read .*none\.pkl: No such file"):
         load_arrays(tmp_path / "none.pkl")
     with pytest.raises(HdovdError, match="cannot read"):

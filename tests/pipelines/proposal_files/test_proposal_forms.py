@@ -194,10 +194,12 @@ def test_writing_without_made_by_takes_an_old_sidecar_away(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "content",
     [
+        "",
         "[]",
         "{}",
         '{"identity": "a"}',
         '{"identity": "a", "made_by": 3}',
+        "[" * 100_000,
         '{"identity": "a", "made_by": {"a": ["\\u001b[31m"]}}',
         '{"identity": "a", "made_by": {"\\u0007": 1}}',
     ],
@@ -209,14 +211,6 @@ def test_a_damaged_sidecar_says_nothing(tmp_path: Path, content: str) -> None:
     table = read_table(tmp_path / "p.json")
     assert table.made_by is None
     assert any("unknown" in note for note in table.notes)
-
-
-@pytest.mark.parametrize("content", ["", "[" * 100_000], ids=["empty", "deep"])
-def test_a_sidecar_that_is_no_json_is_an_error(tmp_path: Path, content: str) -> None:
-    write_proposals(tmp_path / "p.json", _found(), MADE_BY)
-    made_by_file(tmp_path / "p.json").write_text(content)
-    with pytest.raises(HdovdError, match=r"made_by .*p\.json\.made_by\.json is not valid JSON"):
-        read_table(tmp_path / "p.json")
 
 
 @pytest.mark.parametrize("method", [14, 99])  # one whose data are damaged then, one that nobody knows
@@ -299,7 +293,7 @@ def test_old_keys_and_xywh(tmp_path: Path) -> None:
         ({"ids": [np.zeros(2)]}, "ids is of type ndarray"),
         ({"ids": ["9" * 30]}, "more than 64 bits"),
         ({"ids": [None]}, "ids is null"),
-        ({"objectness_logits": ["high"]}, "image 7: objectness_logits are the text 'high'"),
+        ({"objectness_logits": ["0.5"]}, "image 7: objectness_logits are the text '0.5'"),
         ({"objectness_logits": [{}]}, "an object"),
         ({"objectness_logits": [[[1], [1, 2]]]}, "a list of something else than numbers"),
         ({"objectness_logits": 3}, "one entry an image"),

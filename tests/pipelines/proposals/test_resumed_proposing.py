@@ -121,6 +121,8 @@ def test_stopped_while_proposing_and_called_again(
     found, printed = play(job(out, top=4), tmp_path / "printed.txt", kill_in_part=1)
     assert found == -9, printed
     assert len(list((tmp_path / "p.parts").iterdir())) == before + 1  # parts of other settings are others
+    damaged = min((tmp_path / "p.parts").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    damaged.write_bytes(damaged.read_bytes()[:100])
     found, printed = play(job(out), tmp_path / "printed.txt")
     assert found == 0, printed
     assert "trained with these settings before" in printed
