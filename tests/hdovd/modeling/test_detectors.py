@@ -55,7 +55,7 @@ def test_no_graph_is_kept_of_what_is_predicted(recipe: str) -> None:
         model.set_object_text(torch.ones(8))
     [found] = model.predict([torch.zeros(3, 64, 96, dtype=torch.uint8)], torch.eye(8)[:3])
     assert not found.boxes.requires_grad
-    assert not found.s1.requires_grad
+    assert not found.class_probability.requires_grad
 
 
 def test_a_detector_of_ones_own_gets_its_options(module: str, tmp_path: Path) -> None:
