@@ -88,6 +88,10 @@ class Run:
         return metric if metric in [*METRICS] else next(iter(METRICS))  # a damaged one may be a list
 
     @property
+    def seed(self) -> int | None:
+        return self.settings.get("train.seed")
+
+    @property
     def distillation(self) -> tuple[str, ...]:
         """The levels of distillation that are on, and the losses that the recipe adds."""
         levels = [

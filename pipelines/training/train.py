@@ -131,6 +131,11 @@ def train_on(
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings)
         begun |= give_object_text(model, object_text_of(data.features, data.dim, str(job.cache)), str(job.cache))
     _give_backgrounds(model, data, recipe)
+    if recipe.loss.class_.federated and not protocol.federated:
+        log(
+            f"note: loss.class.federated changes nothing: with protocol {protocol.name} annotations say of no image "
+            f"what it is judged by"
+        )
     seen = protocol.names if job.oracle else protocol.base
     loop = loop_of(model, batches, class_embeddings[: len(seen)].to(us.device), recipe, us.device)
     hooks = RunHooks(

@@ -320,7 +320,7 @@ def test_weights_of_another_recipe(base_only: RunFolder, distilled: RunFolder, w
 
 
 def test_the_best_weights_where_there_are_any(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
-    with pytest.raises(HdovdError, match=r"no best\.safetensors: was the run validated"):
+    with pytest.raises(HdovdError, match=r"no best\.safetensors: was the run copied whole, and validated"):
         _evaluate(distilled, tmp_path / "none", world, weights=Weights.BEST)
     result, out = _evaluate(distilled, tmp_path / "last", world)
     shutil.copy(out / "model.safetensors", out / "best.safetensors")

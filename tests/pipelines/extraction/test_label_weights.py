@@ -242,7 +242,11 @@ def test_calibrate_needs_the_nouns_that_the_set_was_made_from(
         tree = json.loads(captions.read_text())
         tree["annotations"] = tree["annotations"][::2]
         captions.write_text(json.dumps(tree))
-    expected = "no file" if change == "gone" else "is not what set default of .* was made from any more"
+    expected = (
+        "cannot read .*captions_train2017.json: No such file"
+        if change == "gone"
+        else "is not what set default of .* was made from any more"
+    )
     with pytest.raises(HdovdError, match=expected):
         calibrate(CalibrateConfig(cache=tmp_path / "cache", out=tmp_path / "c.toml"))
 

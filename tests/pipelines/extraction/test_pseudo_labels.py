@@ -267,7 +267,7 @@ def test_training_takes_u_of_all_of_them_from_the_cache_and_from_tar_shards(
         wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
         texts = data[Draw(0, 0, index)][1].pseudo_texts
         np.testing.assert_allclose(texts, wanted, atol=1e-5)
-        torch.testing.assert_close(tars[index][1].pseudo_texts, texts)
+        torch.testing.assert_close(tars[Draw(0, 0, index)][1].pseudo_texts, texts)
         several += int((abs(texts.numpy() - nouns[rows.noun]).max(axis=1) > 1e-3).sum()) if len(rows.noun) else 0
     assert several > 20
     import_tars(tmp_path / "shards", tmp_path / "back")
