@@ -12,6 +12,7 @@ form, so every command reads it as it reads any CLIP.
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -19,6 +20,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,8 @@ def demo_teacher(folder: Path, seed: int = 0) -> str:
 def save_clip(model: open_clip.CLIP, folder: Path, model_cfg: dict[str, Any] = MODEL_CFG) -> None:
     """Write a model of `model_cfg` in open_clip's `local-dir:` form, whole when its config is there."""
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    replace_file(folder / "open_clip_model.safetensors", lambda partial: save_file(state, partial))
+    write = partial(save_file, state)
+    replace_file(folder / "open_clip_model.safetensors", write, writer=str(os.getpid()))  # two first demos at once
     write_text(
         folder / "open_clip_config.json",
         json.dumps({"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS_CFG}, indent=2),
