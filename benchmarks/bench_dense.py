@@ -21,7 +21,7 @@ from arguments import parsed, workplace
 from torch import Tensor
 
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths, Exif, ImageBoxes
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.options import Precision

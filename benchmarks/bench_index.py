@@ -24,7 +24,7 @@ import numpy as np
 from arguments import parsed, workplace
 
 from hdovd.cache.reader import FeatureCache, normalised_rows
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.runs.listing import table_lines
 
 KINDS = {  # name: how many times as many candidates are taken as are asked for

@@ -29,7 +29,7 @@ TINY = (
 def modules() -> tuple[int, list[str]]:
     """How many modules can be imported, and those that need an extra: they say so, or miss a package of one."""
     import hdovd
-    from hdovd.core.errors import HdovdError
+    from hdovd.core import HdovdError
 
     found, extras = 0, list[str]()
     optional = [needed for needed in requires("hdovd") or () if "extra ==" in needed]

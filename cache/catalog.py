@@ -11,7 +11,7 @@ from hdovd.cache.identity import KeyInputs, differences, require_seal, sealed
 from hdovd.cache.product import Product
 from hdovd.cache.schema import SCHEMA_VERSION, TAR_META, Level
 from hdovd.cache.store import Folder, naming_damage, open_folder
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 NAMED = "named"  # a folder of an object for each set, by its name: a set that is lost is missed
 # What a set keeps of the weight of its labels.

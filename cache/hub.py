@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hdovd.cache.identity import SEAL, hash_file, sealed
-from hdovd.core import user_cache_folder
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core import HdovdError, shorten, user_cache_folder
 
 LIST = "hdovd.json"
 FORMAT = 1  # of the list

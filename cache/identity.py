@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.schema import Level, Source
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 if TYPE_CHECKING:
     import numpy as np

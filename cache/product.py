@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.schema import INDEX, PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.store import REPAIR, Folder, naming_damage
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 if TYPE_CHECKING:
     import numpy as np

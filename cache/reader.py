@@ -13,7 +13,7 @@ from hdovd.cache.identity import KeyInputs, differences, key_of, require_same
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows
 from hdovd.cache.schema import DEFAULT_SET, PART_ROWS, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from hdovd.cache.product import Product, decoded
 from hdovd.cache.store import REPAIR, naming_damage
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 LRU_BYTES = 128 * 2**20
 # neighbours that are decoded together and then count as one chunk: a call of Zarr's costs half of what a chunk does

@@ -29,7 +29,7 @@ from urllib.parse import unquote
 
 from hdovd.cache.hub import is_hub, pulled
 from hdovd.cache.identity import hash_file
-from hdovd.core.errors import HdovdError, system_reason
+from hdovd.core import HdovdError, system_reason
 
 REPAIR = "hdovd cache verify --repair marks it as missing, to be made again"
 

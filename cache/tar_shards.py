@@ -48,7 +48,7 @@ from hdovd.cache.product import Product, parse_record, require_sizes
 from hdovd.cache.reader import require_unit
 from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TAR_META, TOP_ARRAYS, Level
 from hdovd.cache.store import Folder, naming_damage, open_folder
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core import HdovdError, shorten
 
 TEXTS = (Level.CLASS, Level.NOUN)  # levels whose rows are no image's: they stand here, whole
 TABLES_HERE = ("image_id", "image_hash", "image_size", "offset")  # of the boxes level

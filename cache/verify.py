@@ -30,7 +30,7 @@ from hdovd.cache.schema import (
     row_arrays,
 )
 from hdovd.cache.store import Folder
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core import HdovdError, shorten
 
 COSINE_TOLERANCE = 0.01
 MOST_MISSING = 100  # parts of a product that are named

@@ -26,7 +26,7 @@ from hdovd.cache.schema import (
     row_arrays,
 )
 from hdovd.cache.store import Folder
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 # What other Zarr readers make of an object that is missing: values that nothing has, so that no shard is left out as
 # empty.

@@ -12,7 +12,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from hdovd.cache.store import REPAIR, Folder
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 
 def _no_use(store: Store, *_: Any) -> Any:

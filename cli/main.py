@@ -11,9 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from hdovd.core import __version__
-from hdovd.core.errors import HdovdError, Stopped, system_line
-from hdovd.core.log import is_printed, lines_to
+from hdovd.core import HdovdError, Stopped, __version__, is_printed, lines_to, system_line
 from hdovd.pipelines.common.process import INTERRUPTED, limit_threads
 
 PIPE_BROKE = 141  # as a shell says of SIGPIPE

@@ -28,7 +28,7 @@ from hdovd.config.detector import (
     Section,
     Share,
 )
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.core.text_files import cut, parse_toml, read_shipped, shipped, shown
 
 _MOST_ERRORS = 20  # said of one recipe

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from hdovd.core.errors import HdovdError, system_line
+from hdovd.core import HdovdError, system_line
 
 MOST_PIXELS = 500_000_000  # refused beyond: 2 GB decoded, and a small file that claims more can be an attack
 ENDINGS = frozenset(

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any, TypeVar
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any, cast
 
-from hdovd.core.errors import HdovdError, is_file, system_reason
+from hdovd.core import HdovdError, is_file, system_reason
 
 DAMAGED = (OSError, EOFError, zlib.error)  # what reading a file raises, a packed one too
 LONGEST_NAME = 200

@@ -18,8 +18,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, counted, log, shorten
 from hdovd.core.text_files import LONGEST_PATH, JsonStream, checked_name, shown
 from hdovd.data.forms.base import AUTO, COCO, Form, find_form
 from hdovd.data.protocol import Protocol

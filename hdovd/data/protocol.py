@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter, ValidationError
 
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core import HdovdError, shorten
 from hdovd.core.text_files import checked_name, cut, read_shipped, shown
 
 if TYPE_CHECKING:

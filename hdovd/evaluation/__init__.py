@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.core.registry import Registry
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core import HdovdError, shorten
 from hdovd.data.coco import Instances, federated_classes, read_instances
 from hdovd.data.protocol import Protocol, group_mean, groups_of
 from hdovd.evaluation import Engine, classes

@@ -19,7 +19,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from hdovd.config.detector import DETECTORS
 from hdovd.config.recipe import ExtraLossConfig, Recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.core.registry import resolve_class
 from hdovd.data.targets import Targets
 from hdovd.modeling.batching import batch_images

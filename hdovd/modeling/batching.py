@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
 from hdovd.config.recipe import InputConfig
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 _MASK = 2**64 - 1
 

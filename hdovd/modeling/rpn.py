@@ -14,7 +14,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 from torchvision.ops import box_iou
 
 from hdovd.config.detector import RpnConfig
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.modeling.batching import Use, image_generator, padded, sample_balanced
 from hdovd.modeling.boxes import BoxCoder, limits, nms_of_images
 from hdovd.modeling.distributed import divisor

@@ -21,8 +21,7 @@ from hdovd.cache.identity import require_same
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.tar_shards import TarShards
 from hdovd.config.recipe import PRESETS, Recipe
-from hdovd.core.errors import HdovdError, counted
-from hdovd.core.log import log
+from hdovd.core import HdovdError, counted, log
 from hdovd.data.coco import DataPaths
 from hdovd.data.forms.base import AUTO
 from hdovd.data.protocol import METRICS, load_protocol, shown_groups

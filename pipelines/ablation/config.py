@@ -6,7 +6,7 @@ from typing import Annotated
 
 from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.config.recipe import PRESETS
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration

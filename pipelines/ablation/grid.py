@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.protocol import GROUPS
 from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.common.atomic_write import write_text

@@ -24,8 +24,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from hdovd.cache.identity import differences
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import Recipe, load_recipe
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log, quiet
+from hdovd.core import HdovdError, log, quiet, shorten
 from hdovd.core.text_files import read_json
 from hdovd.data.coco import DataPaths, ImageBoxes, read_instances
 from hdovd.data.protocol import Protocol, load_protocol, parse_protocol

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hdovd.cache.catalog import is_tar_form
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import SET, Option, OtherProtocol, Trust
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.config import TrainConfig

@@ -20,8 +20,7 @@ from torchvision.ops import box_iou
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe, load_recipe
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log, shorten
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol
 from hdovd.data.targets import Targets

@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from hdovd.cache.identity import differences, hash_file
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log, quiet
+from hdovd.core import HdovdError, log, quiet, shorten
 from hdovd.core.text_files import read_toml, shipped
 from hdovd.data.coco import Skips, Split
 from hdovd.data.protocol import load_protocol

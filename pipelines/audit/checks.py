@@ -19,7 +19,7 @@ from hdovd.cache.hub import local_run
 from hdovd.cache.identity import hash_file, require_seal
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core import HdovdError, shorten
 from hdovd.core.text_files import read_json
 from hdovd.data.coco import DataPaths, Instances, coco_ids_of, read_instances
 from hdovd.data.protocol import Protocol, load_protocol

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, FeatureSet, is_set_name, is_tar_form
 from hdovd.cache.schema import Level
 from hdovd.cache.store import open_folder
-from hdovd.core.errors import HdovdError, require_files
+from hdovd.core import HdovdError, require_files
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration

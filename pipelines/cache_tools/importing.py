@@ -40,8 +40,7 @@ from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, SCHEMA_VERSION, Level, Source
 from hdovd.cache.writer import PartFiller, ProductWriter
-from hdovd.core.errors import HdovdError, Unfit, counted, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, Unfit, counted, log, shorten
 from hdovd.data.coco import ImageBoxes, Instances, Split, read_instances
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import ImportConfig

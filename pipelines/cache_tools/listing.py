@@ -15,7 +15,7 @@ from hdovd.cache.product import Product, recorded_parts
 from hdovd.cache.schema import DEFAULT_SET, INDEX, TABLES, Level
 from hdovd.cache.store import Folder
 from hdovd.cache.verify import product_names
-from hdovd.core.errors import HdovdError, counted, shorten
+from hdovd.core import HdovdError, counted, shorten
 from hdovd.data.coco import Skips
 from hdovd.pipelines.common.console import size
 from hdovd.pipelines.common.options import Precision

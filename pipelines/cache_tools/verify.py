@@ -34,8 +34,7 @@ from hdovd.cache.verify import (
     product_names,
     unsealed_records,
 )
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log, quiet
+from hdovd.core import HdovdError, counted, log, quiet, shorten
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig, settings_of

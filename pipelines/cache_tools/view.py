@@ -19,8 +19,7 @@ from PIL import Image, ImageDraw, ImageOps
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import Level, Source
 from hdovd.config.recipe import Recipe, load_recipe
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log, quiet
+from hdovd.core import HdovdError, log, quiet, shorten
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.cache_tools.config import ViewConfig
 from hdovd.pipelines.calibration.values import VALUES, origin_of, with_reliability

@@ -13,8 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log
 from hdovd.data.coco import Split
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.calibration.config import CalibrateConfig

@@ -18,8 +18,7 @@ import tomli_w
 from hdovd.cache.identity import KeyInputs, require_same
 from hdovd.cache.schema import Level
 from hdovd.config.detector import AUTO
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log, shorten
 from hdovd.core.text_files import read_toml
 
 if TYPE_CHECKING:

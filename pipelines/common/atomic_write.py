@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hdovd.core.errors import NO_ROOM, HdovdError, system_reason
+from hdovd.core import NO_ROOM, HdovdError, system_reason
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.common.process import usable_cores
 

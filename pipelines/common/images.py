@@ -29,8 +29,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log, shorten
 from hdovd.core.picture_header import ENDINGS, open_picture, orientation_of, told
 from hdovd.data.coco import Exif, ImageBoxes, Split
 

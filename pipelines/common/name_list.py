@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from hdovd.core.errors import HdovdError, is_file, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, is_file, log, shorten
 from hdovd.core.text_files import LONGEST_NAME, checked_name, read_text
 
 GENERAL = "general"  # the vocabulary that ships; it stands beside file paths

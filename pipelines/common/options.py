@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.config.detector import PRESETS
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core import HdovdError, shorten
 from hdovd.data.coco import DataPaths
 from hdovd.data.forms.base import AUTO, FORMS
 

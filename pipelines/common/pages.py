@@ -20,8 +20,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
-from hdovd.core import __version__
-from hdovd.core.log import log
+from hdovd.core import __version__, log
 from hdovd.pipelines.common.atomic_write import write_text
 
 # Nothing is loaded from anywhere: style, script and pictures are in the page.

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hdovd.core.errors import HdovdError, Unfit, require_readable
+from hdovd.core import HdovdError, Unfit, require_readable
 
 CHECKSUM = "sha256"  # in the metadata: `tensors_hash`
 

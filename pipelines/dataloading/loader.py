@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hdovd.cache.tar_shards import RawSample, TarShards
-from hdovd.core.errors import HdovdError, counted
+from hdovd.core import HdovdError, counted
 
 Batch = TypeVar("Batch")
 Sample = TypeVar("Sample")

@@ -32,9 +32,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hdovd.core import user_cache_folder
-from hdovd.core.errors import HdovdError, Stopped
-from hdovd.core.log import log
+from hdovd.core import HdovdError, Stopped, log, user_cache_folder
 from hdovd.pipelines.ablation.grid import AblationTable, Row, markdown, scores_of
 from hdovd.pipelines.common.atomic_write import replace_file, write_picture, write_text
 from hdovd.pipelines.common.console import progress
@@ -335,7 +333,7 @@ def _world_and_cache(stages: _Stages) -> None:
     make = (
         sys.executable,
         "-c",
-        "import pathlib, sys; from hdovd.core.log import lines_to; "
+        "import pathlib, sys; from hdovd.core import lines_to; "
         "from hdovd.pipelines.demo.run import demo_teacher\n"
         "with lines_to(print): demo_teacher(pathlib.Path(sys.argv[1]))",
         str(teachers),

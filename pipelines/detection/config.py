@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.core.errors import HdovdError, require_files
+from hdovd.core import HdovdError, require_files
 from hdovd.pipelines.common.name_list import names_asked
 from hdovd.pipelines.common.options import ClipOptions, InferenceOptions, Option, require_own_folder
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE

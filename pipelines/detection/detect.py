@@ -25,9 +25,7 @@ from typing import IO, Any, BinaryIO
 
 from PIL import Image
 
-from hdovd.core import __version__
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, __version__, counted, log, shorten
 from hdovd.pipelines.common.atomic_write import replace_file, write_picture, writing
 from hdovd.pipelines.common.console import duration, progress
 from hdovd.pipelines.common.device import workers_for

@@ -17,8 +17,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, counted, log, shorten
 from hdovd.data.coco import Exif
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector as Model

@@ -29,9 +29,7 @@ from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
-from hdovd.core import user_cache_folder
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, counted, log, shorten, user_cache_folder
 from hdovd.core.text_files import checked_name
 from hdovd.data.coco import ImageBoxes, load_split, read_instances
 from hdovd.data.protocol import Protocol

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from hdovd.core.errors import HdovdError, counted
+from hdovd.core import HdovdError, counted
 from hdovd.pipelines.common.atomic_write import writing
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.images import Decoded, PictureFile, decode

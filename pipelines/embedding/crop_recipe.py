@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -31,8 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hdovd.cache.picture_files import PictureFile
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log
 from hdovd.core.picture_header import told
 from hdovd.data.coco import Exif, ImageBoxes
 from hdovd.pipelines.common.images import read_annotated

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.core.text_files import JsonStream, cut, read_json
 from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split, four_numbers, number
 from hdovd.data.protocol import Protocol, group_labels, groups_of, load_protocol

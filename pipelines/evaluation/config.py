@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.protocol import load_protocol
 from hdovd.evaluation import ENGINES, Engine
 from hdovd.pipelines.common.options import ClipNames, Data, InferenceOptions, Option

@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log, shorten
 from hdovd.data.coco import DataPaths, Exif, Split
 from hdovd.data.protocol import Protocol, group_of, load_protocol, shown_groups
 from hdovd.evaluation import Engine, require

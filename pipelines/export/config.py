@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.core.errors import HdovdError, require_files
+from hdovd.core import HdovdError, require_files
 from hdovd.pipelines.common.options import ClipNames, Group, Option
 from hdovd.pipelines.runs.config import ExampleOptions
 from hdovd.pipelines.runs.folder import FILES

@@ -33,9 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hdovd.config.recipe import InferenceConfig, InputConfig, build_recipe
-from hdovd.core import __version__
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import log
+from hdovd.core import HdovdError, __version__, log
 from hdovd.modeling.base import Detector as Model, build_detector
 from hdovd.modeling.batching import input_size
 from hdovd.modeling.boxes import Detections, detect

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, is_set_name
 from hdovd.cache.identity import KeyInputs
 from hdovd.cache.schema import CHUNK_ROWS, PART_ROWS
-from hdovd.core.errors import HdovdError, is_file, require_files
+from hdovd.core import HdovdError, is_file, require_files
 from hdovd.data.coco import DataPaths, Exif
 from hdovd.data.forms.base import AUTO
 from hdovd.data.protocol import load_protocol

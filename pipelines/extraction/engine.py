@@ -39,7 +39,7 @@ from hdovd.cache.schema import (
     row_arrays,
 )
 from hdovd.cache.writer import ProductWriter
-from hdovd.core.errors import HdovdError, counted
+from hdovd.core import HdovdError, counted
 from hdovd.data.coco import Split
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import shown, workers_for

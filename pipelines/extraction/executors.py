@@ -15,9 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hdovd.core import user_cache_folder
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import lines_to, log
+from hdovd.core import HdovdError, counted, lines_to, log, shorten, user_cache_folder
 from hdovd.core.text_files import read_toml
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import workers_a_gpu

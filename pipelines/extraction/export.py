@@ -42,8 +42,7 @@ from hdovd.cache.tar_shards import (
     unfinished_shards,
 )
 from hdovd.cache.writer import PartFiller, ProductWriter
-from hdovd.core.errors import HdovdError, counted, system_reason
-from hdovd.core.log import log
+from hdovd.core import HdovdError, counted, log, system_reason
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.atomic_write import replace_file, write_picture, write_text, writing

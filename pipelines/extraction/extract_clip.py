@@ -25,8 +25,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TAR_META, Level
 from hdovd.cache.store import Folder, open_folder
 from hdovd.cache.tar_shards import TarMeta, TarShards, forget_shard, unfinished_shards
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log, quiet
+from hdovd.core import HdovdError, counted, log, quiet, shorten
 from hdovd.data.coco import Exif, Skips, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, progress, size

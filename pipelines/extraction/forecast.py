@@ -22,7 +22,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import TABLE_ARRAYS, Level
 from hdovd.cache.store import open_folder
 from hdovd.cache.writer import ProductWriter
-from hdovd.core.log import log, quiet
+from hdovd.core import log, quiet
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, size

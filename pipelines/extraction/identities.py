@@ -34,8 +34,7 @@ from hdovd.cache.picture_files import FILE, PictureFile, known_files, place_of
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import SCHEMA_VERSION, TABLE_ARRAYS, Level, Source
-from hdovd.core.errors import HdovdError, Unfit, counted, require_readable, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, Unfit, counted, log, require_readable, shorten
 from hdovd.core.text_files import checked_name, read_toml, shown
 from hdovd.data.coco import Exif, ImageBoxes, Split
 from hdovd.modeling.base import Detector

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import Split
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.extraction.config import LabelChoice, LabelRule

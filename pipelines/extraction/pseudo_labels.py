@@ -31,8 +31,7 @@ from torch import Tensor
 
 from hdovd.cache.identity import hash_tables
 from hdovd.cache.schema import Source
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, counted, log, shorten
 from hdovd.core.text_files import cut, json_lines, shown
 from hdovd.data.coco import ImageBoxes, whole
 from hdovd.pipelines.common.atomic_write import replace_file

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
 from hdovd.cache.schema import DEFAULT_SET, TAR_SAMPLES, Level
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core import HdovdError, shorten
 from hdovd.data.coco import DataPaths, Exif, Split
 from hdovd.data.forms.base import AUTO, FORMS
 from hdovd.data.protocol import Protocol, load_protocol

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.hub import hub_client, is_hub, repository
-from hdovd.core.errors import HdovdError, require_files
+from hdovd.core import HdovdError, require_files
 from hdovd.pipelines.common.options import Option
 from hdovd.pipelines.runs.folder import RunFolder
 

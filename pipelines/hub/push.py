@@ -11,9 +11,7 @@ from hdovd.cache.catalog import NAMED, Catalog
 from hdovd.cache.hub import KINDS, LIST, file_list, hub_client, is_hub, repository
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import outside_code
-from hdovd.core import __version__
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, __version__, counted, log, shorten
 from hdovd.core.text_files import read_json
 from hdovd.data.protocol import METRICS
 from hdovd.pipelines.cache_tools.config import CheckConfig

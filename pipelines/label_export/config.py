@@ -6,7 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import Option
 from hdovd.pipelines.extraction.source import CacheSource
 

@@ -19,9 +19,7 @@ import numpy as np
 import yaml
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.core import __version__
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, __version__, counted, log, shorten
 from hdovd.core.text_files import JsonStream, checked_name
 from hdovd.data.coco import DataPaths, Instances, Split, clip_box, read_instances
 from hdovd.data.forms.converted import label_of

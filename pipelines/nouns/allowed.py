@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import simplemma
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.core.text_files import JsonStream, checked_name, cut, read_json, shown
 from hdovd.data.coco import whole
 from hdovd.pipelines.common.atomic_write import write_text

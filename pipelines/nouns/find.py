@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hdovd.cache.identity import hash_file
-from hdovd.core import __version__
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, __version__, log, shorten
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.name_list import GENERAL, read_vocabulary, shipped

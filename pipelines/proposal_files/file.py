@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.cache.identity import hash_tables
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log, shorten
 from hdovd.core.text_files import JsonStream, cut, printable, read_json, shown
 from hdovd.data.coco import ImageBoxes, Skips, number, whole
 from hdovd.pipelines.common.atomic_write import replace_file, write_text

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hdovd.core.errors import HdovdError, Unfit, system_reason
+from hdovd.core import HdovdError, Unfit, system_reason
 from hdovd.core.text_files import JsonStream, shown
 from hdovd.data.coco import whole
 from hdovd.pipelines.common.options import ListOrder

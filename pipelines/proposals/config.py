@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.options import RECIPE, DataOptions, Device, NetworkOptions, Option, require_proposal_file
 

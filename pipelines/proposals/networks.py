@@ -27,9 +27,7 @@ from torch.utils.data import Dataset, Subset
 
 from hdovd.cache.identity import hash_file, require_same
 from hdovd.config.recipe import Recipe, build_recipe, outside_code
-from hdovd.core import __version__
-from hdovd.core.errors import HdovdError, Stopped, is_file, require_readable
-from hdovd.core.log import log, quiet
+from hdovd.core import HdovdError, Stopped, __version__, is_file, log, quiet, require_readable
 from hdovd.data.coco import Split, read_instances
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.data.targets import flip_boxes

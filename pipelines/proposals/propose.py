@@ -38,8 +38,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
 from hdovd.cache.identity import hash_tables, key_of
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log, quiet
+from hdovd.core import HdovdError, counted, log, quiet, shorten
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.proposals.networks import ProposalNetwork

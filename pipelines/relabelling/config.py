@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.cache.catalog import SET_NAME_TOLD, is_set_name
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import (
     CacheWritten,
     ClipOptions,

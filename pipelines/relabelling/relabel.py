@@ -27,9 +27,7 @@ from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import hash_file
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
-from hdovd.core import __version__
-from hdovd.core.errors import HdovdError, require_files
-from hdovd.core.log import log, quiet
+from hdovd.core import HdovdError, __version__, log, quiet, require_files
 from hdovd.data.coco import DataPaths, ImageBoxes, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import Detector

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.options import DATA, Group, InferenceOptions, Option, Trust, data_of, require_own_folder
 from hdovd.pipelines.runs.folder import RunFolder

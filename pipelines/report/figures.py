@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from hdovd.cache.schema import Source
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol, group_of, shown_groups
 from hdovd.evaluation.matching import RECALLS

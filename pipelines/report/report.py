@@ -19,8 +19,7 @@ import torch
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import log, quiet
+from hdovd.core import HdovdError, log, quiet
 from hdovd.core.text_files import read_json
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import METRICS, Protocol, shown_groups

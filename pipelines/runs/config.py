@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.core.errors import HdovdError, require_files
+from hdovd.core import HdovdError, require_files
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.published_weights import PUBLISHED
 from hdovd.pipelines.common.options import Option, Protocol, Trust

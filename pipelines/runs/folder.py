@@ -44,8 +44,7 @@ from typing import TYPE_CHECKING, Any
 from hdovd.cache.hub import local_run
 from hdovd.cache.identity import hash_file, require_same, require_seal, sealed
 from hdovd.config.recipe import Recipe, load_recipe, outside_code
-from hdovd.core import user_cache_folder
-from hdovd.core.errors import HdovdError, require_readable, shorten
+from hdovd.core import HdovdError, require_readable, shorten, user_cache_folder
 from hdovd.data.protocol import Protocol, parse_protocol
 from hdovd.pipelines.common.atomic_write import replace_file, write_text, writing
 from hdovd.pipelines.common.settings import lasting_values

@@ -18,7 +18,7 @@ from typing import Any
 
 from hdovd.cache.hub import local_run
 from hdovd.cache.identity import require_seal
-from hdovd.core.errors import HdovdError, counted
+from hdovd.core import HdovdError, counted
 from hdovd.data.protocol import GROUPS, METRICS
 from hdovd.pipelines.common.settings import (
     SWITCH,

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hdovd.cache.identity import SEAL, key_of
-from hdovd.core.errors import HdovdError, in_a_line
-from hdovd.core.log import log
+from hdovd.core import HdovdError, in_a_line, log
 from hdovd.core.registry import Registry
 from hdovd.core.text_files import read_json
 from hdovd.pipelines.common.atomic_write import write_text

@@ -8,7 +8,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.core.errors import HdovdError, require_files
+from hdovd.core import HdovdError, require_files
 from hdovd.pipelines.common.options import ClipOptions, Option
 from hdovd.pipelines.extraction.source import CacheSource
 

@@ -23,8 +23,7 @@ from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import INDEX, Level
 from hdovd.cache.writer import ProductWriter
-from hdovd.core.errors import HdovdError, counted
-from hdovd.core.log import log
+from hdovd.core import HdovdError, counted, log
 from hdovd.pipelines.common.console import size
 from hdovd.pipelines.extraction.source import CacheSet
 

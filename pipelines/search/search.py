@@ -20,8 +20,7 @@ from PIL import Image
 from hdovd.cache.identity import KeyInputs
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import Level, Source
-from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log, quiet
+from hdovd.core import HdovdError, counted, log, quiet, shorten
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.device import pick_device

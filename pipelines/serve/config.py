@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.cache.schema import DEFAULT_SET
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import ClipOptions, DataIfGiven, Features, Option, Trust
 from hdovd.pipelines.extraction.source import CacheSource
 from hdovd.pipelines.runs.folder import RunFolder

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from hdovd.core.errors import HdovdError, system_reason
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log, system_reason
 from hdovd.core.picture_header import open_picture, told
 from hdovd.core.text_files import checked_name
 from hdovd.data.coco import DataPaths

@@ -28,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 SUPPORTED = (
     "open_clip's ModifiedResNet (RN50 and its family), open_clip's VisionTransformer without attentional pool "

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hdovd.cache.identity import hash_file, hash_tables
-from hdovd.core.errors import HdovdError, counted, is_file, require_readable, shorten
+from hdovd.core import HdovdError, counted, is_file, require_readable, shorten
 from hdovd.core.text_files import read_json
 from hdovd.pipelines.common.device import choose, pick_device
 from hdovd.pipelines.common.options import Precision

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.core.errors import HdovdError, is_file
+from hdovd.core import HdovdError, is_file
 from hdovd.pipelines.common.name_list import read_vocabulary
 from hdovd.pipelines.common.options import Option
 

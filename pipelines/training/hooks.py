@@ -25,8 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hdovd.core.errors import HdovdError, Stopped, in_a_line, require_readable
-from hdovd.core.log import log
+from hdovd.core import HdovdError, Stopped, in_a_line, log, require_readable
 from hdovd.data.protocol import GROUPS
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.console import duration

@@ -18,8 +18,7 @@ from torch import Tensor
 from hdovd.cache.hub import local_run
 from hdovd.cache.identity import differences
 from hdovd.config.recipe import Recipe, load_recipe, outside_code
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log, shorten
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.published_weights import PUBLISHED, Published

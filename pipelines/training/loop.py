@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hdovd.config.recipe import ScheduleConfig
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.modeling.distributed import mean_count
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import choose, training_products

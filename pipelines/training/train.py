@@ -23,8 +23,7 @@ from hdovd.cache.catalog import Catalog, RunRecord, is_tar_form
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError, in_a_line
-from hdovd.core.log import log, quiet
+from hdovd.core import HdovdError, in_a_line, log, quiet
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import METRICS, Protocol, load_protocol
 from hdovd.modeling.backbones.pyramid import with_synced_norms

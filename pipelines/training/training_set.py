@@ -21,8 +21,7 @@ from hdovd.cache.reader import FeatureCache, InstanceRows, no_labels, require_to
 from hdovd.cache.schema import DEFAULT_SET, Level, Source
 from hdovd.cache.tar_shards import TarShards
 from hdovd.config.recipe import LossConfig, Recipe
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log, shorten
 from hdovd.data.coco import Exif, ImageBoxes, Split
 from hdovd.data.protocol import Protocol
 from hdovd.data.targets import Targets

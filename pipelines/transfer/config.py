@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core import HdovdError, shorten
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.options import ClipOptions, Group, Option
 from hdovd.pipelines.evaluation.config import EvalOptions

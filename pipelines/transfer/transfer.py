@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdovd.core.errors import shorten
-from hdovd.core.log import log
+from hdovd.core import log, shorten
 from hdovd.data.coco import DataPaths, read_instances
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.device import pick_device

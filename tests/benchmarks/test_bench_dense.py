@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from bench_dense import DenseBench, Way, bench_dense
 from online_clip import reference_transform
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.images import pixels_of, read_image

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bench_eval import EvalBench, bench_eval, largest_difference, make_eval_world
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.evaluation import Engine

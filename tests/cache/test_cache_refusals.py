@@ -16,7 +16,7 @@ from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import key_of
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import SCHEMA_VERSION, Level
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 # --- the folder ---
 

@@ -19,7 +19,7 @@ from hdovd.cache.schema import Level
 from hdovd.cache.store import LocalFolder
 from hdovd.cache.verify import Checked, ProductCheck, check_records, unsealed_records
 from hdovd.cache.writer import ProductWriter
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.cache_tools.listing import delete_garbage, find_garbage, inventory
 
 

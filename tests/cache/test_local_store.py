@@ -12,7 +12,7 @@ import pytest
 from store_contract import StoreContract, begin, contents, ragged, write_parts
 
 from hdovd.cache.store import PARTIAL, LocalFolder, open_folder
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 ODD = "a cache [1] 100%25 ü"
 

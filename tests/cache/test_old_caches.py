@@ -26,7 +26,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import Rows
 from hdovd.cache.schema import ROW_ARRAYS, TABLE_ARRAYS, Level
 from hdovd.cache.writer import ProductWriter
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 COMMITTED = Path(__file__).parents[1] / "data" / "cache-schema-2.tar.xz"
 KEYS = {

@@ -17,7 +17,7 @@ from hdovd.cache.product import Product
 from hdovd.cache.schema import TABLE_ARRAYS, Level
 from hdovd.cache.store import LocalFolder
 from hdovd.cache.writer import ProductWriter
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 D = 8
 Begin = Callable[..., ProductWriter]

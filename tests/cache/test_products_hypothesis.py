@@ -18,7 +18,7 @@ from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows
 from hdovd.cache.schema import CHUNK_ROWS, TABLE_ARRAYS, Level
 from hdovd.cache.store import LocalFolder
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 few = settings(max_examples=20, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 counts = st.lists(

@@ -30,7 +30,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import Rows
 from hdovd.cache.schema import TABLE_ARRAYS, Level
 from hdovd.cache.store import open_folder
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 
 QUICK = {

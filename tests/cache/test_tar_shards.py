@@ -26,7 +26,7 @@ from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.identity import sealed
 from hdovd.cache.schema import DEFAULT_SET, TAR_META, Level
 from hdovd.cache.tar_shards import MEMBERS, TarMeta, TarSample, TarShards, TarWriter, unfinished_shards
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 COUNTS = {40: (2, 3), 7: (1, 0), 19: (0, 0), 23: (3, 1), 2_000_000_000: (1, 2)}
 FAILED = {23: "gone.jpg: no such file"}

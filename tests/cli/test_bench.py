@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
 from hdovd.cli.main import app
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.extraction import forecast as forecasting
 from hdovd.pipelines.extraction.config import ForecastConfig
 

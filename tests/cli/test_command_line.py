@@ -15,7 +15,7 @@ import pytest
 from command_runs import Ran
 
 from hdovd.cli.main import main
-from hdovd.core.log import log
+from hdovd.core import log
 from hdovd.pipelines.demo import run as demo_stages
 from hdovd.pipelines.demo.config import DemoConfig
 
@@ -102,7 +102,7 @@ def test_missing_data_folder_is_one_message(hdovd: Callable[..., Ran], tmp_path:
 
 @pytest.mark.parametrize("before", [True, False], ids=["before the command", "after it"])
 def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
-    from hdovd.core.errors import HdovdError
+    from hdovd.core import HdovdError
 
     words = ["extract-clip", "--data", str(tmp_path / "none"), "--cache", "c", "--clip", "x"]
     monkeypatch.setattr(sys, "argv", ["hdovd", "--debug", *words] if before else ["hdovd", *words, "--debug"])

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hdovd.cli.main import main
-from hdovd.core.log import lines_to
+from hdovd.core import lines_to
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.teachers.openclip import load_clip

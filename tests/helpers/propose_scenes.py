@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from forked_group import ranks
 
-from hdovd.core.errors import Stopped
-from hdovd.core.log import lines_to
+from hdovd.core import Stopped, lines_to
 from hdovd.pipelines.proposals import propose as proposal_parts
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose

@@ -18,7 +18,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from hdovd.core.log import lines_to
+from hdovd.core import lines_to
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 

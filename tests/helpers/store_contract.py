@@ -22,7 +22,7 @@ from hdovd.cache.rows import Rows
 from hdovd.cache.schema import TABLE_ARRAYS, TABLES, Level
 from hdovd.cache.store import Folder, open_folder
 from hdovd.cache.writer import ProductWriter
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 COUNTS, PART_ROWS = (3, 0, 1, 9, 0, 4, 2), 4  # 19 rows: 5 parts, the last one not full
 WHOLE = {TABLES, *range(5)}

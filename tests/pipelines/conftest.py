@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hdovd.config.recipe import PRESETS, Recipe
-from hdovd.core.log import lines_to
+from hdovd.core import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.core.registry import Registry
 
 AUTO, COCO = "auto", "coco"

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from hdovd.core import user_cache_folder
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log, user_cache_folder
 from hdovd.core.text_files import cut, read_text
 
 VERSION = 2  # of what is written: another one converts anew

@@ -25,8 +25,7 @@ from xml.etree import ElementTree
 
 import yaml
 
-from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log, shorten
 from hdovd.core.picture_header import ENDINGS, upright_size
 from hdovd.core.text_files import LONGEST_PATH, JsonStream, checked_name, cut, read_text, shown
 from hdovd.data.forms.base import SPLITS, Form

@@ -26,8 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from hdovd.config.detector import LIBRARIES, BackboneConfig
-from hdovd.core.errors import HdovdError, require_readable
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log, require_readable
 
 KEY = LIBRARIES.key
 TRIAL = (128, 192)  # pixels

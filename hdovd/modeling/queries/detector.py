@@ -15,8 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from hdovd.config.detector import FORMS, QueryDetectorConfig
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import log
+from hdovd.core import HdovdError, log
 from hdovd.data.targets import Targets, scale_all
 from hdovd.modeling.base import Detector, ExtraLosses, Regions, StepContext, Students
 from hdovd.modeling.batching import batch_images, draw_short_sides, keys_of

@@ -17,7 +17,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from hdovd.config.detector import StageLossConfig, TextLevelConfig
 from hdovd.config.recipe import InstanceLossConfig
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.modeling.boxes import overlap
 from hdovd.modeling.distributed import FeatureQueue, gather_rows
 from hdovd.modeling.levels.instance import pair_losses

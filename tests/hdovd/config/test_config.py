@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hdovd.config.recipe import PRESETS, load_recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.core.text_files import shipped
 from hdovd.modeling.faster_rcnn import model as faster_rcnn
 from hdovd.modeling.losses.instance import MIN_PAIRS

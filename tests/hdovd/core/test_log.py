@@ -7,7 +7,7 @@ import logging.config
 
 import pytest
 
-from hdovd.core.log import LOGGER, is_printed, lines_to, log, quiet
+from hdovd.core import LOGGER, is_printed, lines_to, log, quiet
 
 
 def test_lines_go_to_the_innermost_writer_alone() -> None:

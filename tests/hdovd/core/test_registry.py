@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.core.registry import Registry
 from hdovd.evaluation import ENGINES, classes
 

@@ -13,7 +13,7 @@ import pytest
 
 import hdovd
 from hdovd.config.recipe import load_recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.core.text_files import JsonStream, checked_name, cut, read_json, read_toml, shown
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.name_list import read_vocabulary

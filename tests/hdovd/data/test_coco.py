@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths, Skips, Split, clip_box, load_split
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.options import validation_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from mutations import mutated
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import load_split, read_instances
 from hdovd.data.protocol import Protocol, parse_protocol
 from hdovd.evaluation.coco import GroundTruth

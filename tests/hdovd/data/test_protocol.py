@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.core.text_files import shipped
 from hdovd.data.protocol import load_protocol, parse_protocol
 

@@ -15,7 +15,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import Protocol
 from hdovd.evaluation import Engine, require

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.protocol import Protocol, parse_protocol
 from hdovd.evaluation import Engine
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth, found_of

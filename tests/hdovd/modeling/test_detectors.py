@@ -10,7 +10,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from hdovd.config.detector import DETECTORS, FORMS
 from hdovd.config.recipe import Recipe, load_recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 

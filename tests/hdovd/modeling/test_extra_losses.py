@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.targets import Targets
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 

@@ -9,7 +9,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from hdovd.config.detector import RpnConfig
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.modeling.rpn import ObjectnessRPN, build_rpn
 
 CONFIG = RpnConfig(anchor_sizes=[[16], [32]], samples=64, pre_nms=50, post_nms=20, nms=0.7)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hdovd.config.recipe import PRESETS, load_recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.ablation.ablate import (

@@ -26,8 +26,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cli.main import app
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError, Stopped, shorten
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, Stopped, lines_to, shorten
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
 from hdovd.data.targets import Targets

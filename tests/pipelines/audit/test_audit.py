@@ -18,7 +18,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
 from hdovd.cli.main import main
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths, Skips, read_instances
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.audit.audit import AuditConfig, audit

@@ -20,8 +20,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TABLES, Level
 from hdovd.cache.verify import Checked, Finding
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.listing import find_garbage

@@ -12,7 +12,7 @@ import pytest
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.config.recipe import load_recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.cache_tools.view import Reliability, find_reliability, gather_view

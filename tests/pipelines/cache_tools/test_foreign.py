@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import Split, load_split
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.cache_tools.importing import FULL, GT, PROPOSAL, TEXT, ForeignImage, read_hd_ovd, read_oadp

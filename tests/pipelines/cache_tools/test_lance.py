@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cli.main import app
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.extraction import export
 from hdovd.pipelines.extraction.export import LANCE_TABLE, export_lance, export_parquet
 from hdovd.pipelines.extraction.source import ExportConfig, ExportForm

@@ -23,8 +23,7 @@ from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.cli.main import app
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.extraction import export

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.extraction.label_weights import LEAST, Evidence, Fit, area_under_curve, fit_probability
 
 

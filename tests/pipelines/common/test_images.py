@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hdovd.core import picture_header
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError, picture_header
 from hdovd.data.coco import Exif, ImageBoxes, Skips, Split
 from hdovd.pipelines.common import images
 from hdovd.pipelines.common.images import decode, read_annotated, read_image, read_pixels

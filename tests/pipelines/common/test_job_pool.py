@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common.process import Job, StopSignal, log_end, run_jobs
 
 # for a file, half a minute at most

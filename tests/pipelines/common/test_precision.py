@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hdovd.config.recipe import load_recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common import device as device_module
 from hdovd.pipelines.common.device import choose, cpu_bf16, cpu_features, inference_precision, settled
 from hdovd.pipelines.common.options import Precision

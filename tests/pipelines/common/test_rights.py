@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hdovd.cache.store import LocalFolder
-from hdovd.core.errors import HdovdError, is_file, system_line
+from hdovd.core import HdovdError, is_file, system_line
 from hdovd.modeling.backbones.pyramid import _read
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.images import decode

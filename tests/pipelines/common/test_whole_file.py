@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hdovd
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common.atomic_write import replace_file, write_picture, write_text, writing
 from hdovd.pipelines.export.model import save_traced
 

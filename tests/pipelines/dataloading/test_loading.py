@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.targets import Targets
 from hdovd.pipelines.dataloading.loader import Batches, Dealing, Draw, TrainingBatches, plain_shuffle
 
@@ -131,7 +131,7 @@ def test_sample_that_cannot_be_sent_is_an_error() -> None:
 # Samples in a list: a spawned process need not find the classes of this file.
 FROM_SPAWNED_WORKERS = """
 import torch
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.dataloading.loader import Batches, Dealing, Draw, TrainingBatches, plain_shuffle
 from hdovd.data.targets import Targets
 if __name__ == "__main__":

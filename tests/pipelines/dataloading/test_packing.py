@@ -14,7 +14,7 @@ from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.targets import Targets
 from hdovd.pipelines.dataloading.loader import ALIGNMENT, pack
 

@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from safetensors.numpy import save_file
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.detection.detect import DetectConfig, DetectionFolder, detect
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate

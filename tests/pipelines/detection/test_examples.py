@@ -17,8 +17,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.detection import names as name_embedding

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 from torchvision.ops import box_iou
 
-from hdovd.core.log import lines_to
+from hdovd.core import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.export.detectors import traceable

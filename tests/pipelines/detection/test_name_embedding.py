@@ -19,8 +19,7 @@ import torch
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.detection import names as name_embedding
 from hdovd.pipelines.detection.names import NameEmbedder
 from hdovd.pipelines.runs.folder import RunFolder

@@ -26,8 +26,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.common.images import Decoded, find_pictures
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.detection.config import DetectConfig

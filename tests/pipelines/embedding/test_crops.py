@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.embedding.embedders import cut
 

@@ -21,8 +21,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import Rows
 from hdovd.cache.schema import Level
 from hdovd.cli.main import app
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.listing import find_garbage
 from hdovd.pipelines.cache_tools.verify import check_cache

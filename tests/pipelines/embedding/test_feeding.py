@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.common.device import workers_for
 from hdovd.pipelines.embedding.embedders import Batch, CropJob, Wanted, embed, in_order, own_threads

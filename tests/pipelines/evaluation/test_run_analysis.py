@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths, load_split
 from hdovd.data.protocol import load_protocol
 from hdovd.evaluation.coco import GroundTruth

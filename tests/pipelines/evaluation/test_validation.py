@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.targets import Targets
 from hdovd.evaluation import Engine

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from hdovd.cli.main import app
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.export.config import ModelForm

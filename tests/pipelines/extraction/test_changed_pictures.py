@@ -19,8 +19,7 @@ from hdovd.cache.picture_files import PictureFile
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths, Exif
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig

@@ -16,7 +16,7 @@ from adamixer_micro import recipe as adamixer_recipe
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate

@@ -23,8 +23,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
 from hdovd.cli.main import app
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig, Store

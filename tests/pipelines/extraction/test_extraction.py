@@ -20,8 +20,7 @@ from torch import Tensor
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule

@@ -18,8 +18,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, Level
 from hdovd.cache.store import open_folder
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.engine import Unit

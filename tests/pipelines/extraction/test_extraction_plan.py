@@ -16,8 +16,7 @@ import zarr
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.demo.world import NOVEL
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe

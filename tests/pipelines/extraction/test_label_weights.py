@@ -16,8 +16,7 @@ from hdovd.cache.catalog import LABEL_WEIGHTS, Catalog, FeatureSet
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.config.recipe import load_recipe
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.verify import extract_command

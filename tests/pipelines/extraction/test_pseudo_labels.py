@@ -17,7 +17,7 @@ from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths, ImageBoxes, load_split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig

@@ -28,8 +28,7 @@ from torch.distributed.run import main as torchrun
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.product import Product
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Share
 from hdovd.pipelines.extraction.extract_clip import extract_clip, prepare
 

@@ -17,8 +17,7 @@ from PIL import Image
 from hdovd.cache.identity import hash_file
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.verify import extract_command

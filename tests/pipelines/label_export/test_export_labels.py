@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.cli.main import app
-from hdovd.core.errors import HdovdError, counted
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, counted, lines_to
 from hdovd.data.coco import DataPaths, read_instances
 from hdovd.pipelines.detection.config import DetectConfig
 from hdovd.pipelines.detection.detect import detect

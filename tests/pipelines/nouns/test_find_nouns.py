@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.nouns.allowed import Nouns, offered_nouns, read_noun_file
 from hdovd.pipelines.nouns.config import NounsConfig, Parser
 from hdovd.pipelines.nouns.find import NounsReport, find_nouns

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.nouns.allowed import StopList
 from hdovd.pipelines.nouns.config import NounsConfig, Parser
 from hdovd.pipelines.nouns.find import NounsReport, ParsingFinder, find_nouns, load_parser, why_not

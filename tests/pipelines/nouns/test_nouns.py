@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common.name_list import read_vocabulary
 from hdovd.pipelines.nouns.allowed import Nouns, named_novel, offered_nouns
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.proposal_files.pickles import load_arrays
 
 PROTOCOLS = (2, 3, 4, 5)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import ImageBoxes, Skips, clip_box
 from hdovd.pipelines.proposal_files.file import Proposals, read_table, usable_proposals, write_proposals
 

@@ -13,8 +13,7 @@ import pytest
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.common.options import ListOrder
 from hdovd.pipelines.proposal_files.file import (
     Proposals,

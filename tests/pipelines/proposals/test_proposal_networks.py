@@ -13,8 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hdovd.config.recipe import Recipe, ScheduleConfig
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths, ImageBoxes, Skips, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.backbones.pyramid import build_backbone

@@ -11,8 +11,7 @@ import torch
 from torchvision.ops import box_iou
 
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.proposal_files.file import made_by_file

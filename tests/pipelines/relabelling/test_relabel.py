@@ -21,8 +21,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
-from hdovd.core.errors import HdovdError, Stopped
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, Stopped, lines_to
 from hdovd.data.coco import DataPaths, ImageBoxes
 from hdovd.modeling.base import build_detector
 from hdovd.modeling.boxes import combine_scores

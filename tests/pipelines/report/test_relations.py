@@ -12,7 +12,7 @@ import torch
 
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths, Split
 from hdovd.modeling.losses.instance import relation_loss
 from hdovd.pipelines.demo.world import BASE

@@ -17,8 +17,7 @@ import pytest
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Source
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.demo.world import BASE, NOVEL

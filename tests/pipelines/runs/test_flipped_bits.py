@@ -21,8 +21,7 @@ import torch
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache

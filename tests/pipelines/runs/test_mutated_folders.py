@@ -23,7 +23,7 @@ from hdovd.cache.identity import SEAL, sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import load_recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.images import decode, read_image

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.detection.config import DetectConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.settings import different_keys, flat, short_names, shown_apart
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate

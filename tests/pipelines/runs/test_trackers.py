@@ -17,8 +17,7 @@ import train_scenes
 from forked_group import ranks
 
 from hdovd.cli.main import main
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder

@@ -20,8 +20,7 @@ from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import Level
 from hdovd.cache.writer import ProductWriter
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import LOGGER
+from hdovd.core import LOGGER, HdovdError
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.listing import Garbage, delete_garbage, find_garbage, info_lines, product_lines
 from hdovd.pipelines.cache_tools.verify import check_cache

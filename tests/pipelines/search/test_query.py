@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.search.config import SearchConfig, weighted

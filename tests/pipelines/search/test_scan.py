@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.search import nearest
 from hdovd.pipelines.search.nearest import Best, alike_pairs, best_rows, chosen_rows, mean_row
 

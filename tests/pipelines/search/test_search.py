@@ -14,7 +14,7 @@ import pytest
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.cache.schema import Level, Source
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.extraction.config import ExtractConfig

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from hdovd.core.log import lines_to
+from hdovd.core import lines_to
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -260,7 +260,7 @@ def test_a_text_in_place_of_an_example_is_told(client: TestClient, png: Callable
 
 
 def _no_clip(name: str, *_: Any, **__: Any) -> None:
-    from hdovd.core.errors import HdovdError
+    from hdovd.core import HdovdError
 
     raise HdovdError(f"{name}: no such folder /home/someone/clip")
 

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.serve.config import ServeConfig
 from hdovd.pipelines.serve.serve import serve

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.teachers.openclip import load_clip

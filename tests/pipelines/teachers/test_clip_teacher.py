@@ -19,7 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from hdovd.cache.identity import key_of
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
 from hdovd.pipelines.embedding.embedders import Pictures, embedders_of

@@ -15,7 +15,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.pipelines.teachers import dense as dense_clip
 from hdovd.pipelines.teachers.dense import DenseClip, near_side, scale_boxes
 from hdovd.pipelines.teachers.openclip import load_clip

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ExtractConfig

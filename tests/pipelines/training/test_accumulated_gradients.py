@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import PRESETS, Recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import build_detector

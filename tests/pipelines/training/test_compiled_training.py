@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 
 from hdovd.config.recipe import Recipe, load_recipe
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.modeling.backbones.pyramid import build_backbone
 from hdovd.pipelines.proposals.config import ProposeConfig

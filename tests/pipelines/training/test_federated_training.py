@@ -18,8 +18,7 @@ import torch
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.dataloading.loader import Draw

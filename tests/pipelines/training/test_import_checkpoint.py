@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import build_detector

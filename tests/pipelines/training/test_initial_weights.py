@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError, Stopped
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, Stopped, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.base import build_detector

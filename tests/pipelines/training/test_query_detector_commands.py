@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hdovd.config.recipe import PRESETS
-from hdovd.core.errors import HdovdError, Stopped
+from hdovd.core import HdovdError, Stopped
 from hdovd.data.coco import DataPaths
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.pipelines.ablation.grid import cells_of

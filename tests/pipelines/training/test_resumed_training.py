@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hdovd.config.recipe import PRESETS, Recipe
-from hdovd.core.errors import HdovdError, Stopped
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, Stopped, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.runs.folder import RunFolder, replace_file

@@ -20,7 +20,7 @@ from pretended_cuda import PretendedCuda
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
-from hdovd.core.log import lines_to
+from hdovd.core import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.detection.detect import DetectConfig, detect

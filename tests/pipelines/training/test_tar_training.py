@@ -21,8 +21,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TAR_META
 from hdovd.cache.tar_shards import TarMeta
 from hdovd.config.recipe import PRESETS, Recipe
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.faster_rcnn.model import FasterRCNN

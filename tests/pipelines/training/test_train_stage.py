@@ -21,8 +21,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.demo.world import BASE, GROUNDS, NOVEL

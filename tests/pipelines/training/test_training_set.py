@@ -19,7 +19,7 @@ from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import DEFAULT_SET, Level
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.dataloading.loader import Dealing, Draw, TrainingBatches, plain_shuffle

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hdovd.config.recipe import Recipe, load_recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.base import build_detector

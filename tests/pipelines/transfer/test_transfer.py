@@ -14,8 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from hdovd.cli.main import app
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.evaluation.coco import GroundTruth
 from hdovd.pipelines.common.name_list import shipped

@@ -17,9 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hdovd.core import user_cache_folder
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to, user_cache_folder
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.forms.converted import LABEL_STUDIO
 from hdovd.data.protocol import Protocol

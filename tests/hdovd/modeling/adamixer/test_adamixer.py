@@ -3,7 +3,7 @@
 import pytest
 from adamixer_scenes import small
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 
 
 @pytest.mark.parametrize(

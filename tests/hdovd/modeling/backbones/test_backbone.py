@@ -11,8 +11,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from hdovd.config.detector import BackboneConfig
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.modeling.backbones.pyramid import TinyResNet, build_backbone
 
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from hdovd.config.detector import BackboneConfig
 from hdovd.config.recipe import load_recipe
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.modeling.backbones.pyramid import ForeignPyramid, build_backbone, with_synced_norms
 
 MODULE = '''

@@ -28,7 +28,7 @@ from faster_rcnn_scenes import (
 from torch import Tensor
 
 from hdovd.config.recipe import PRESETS
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.data.targets import Targets, with_large_pseudo_boxes
 from hdovd.modeling.base import StepContext
 from hdovd.modeling.batching import batch_images, draw_short_sides

@@ -11,8 +11,7 @@ from adamixer_scenes import BASE, DIM, noise, pictures, targets, unit
 from torch import Tensor
 
 from hdovd.config.recipe import PRESETS, load_recipe
-from hdovd.core.errors import HdovdError
-from hdovd.core.log import lines_to
+from hdovd.core import HdovdError, lines_to
 from hdovd.data.targets import Targets
 from hdovd.modeling.base import build_detector
 from hdovd.modeling.batching import batch_images

@@ -5,7 +5,7 @@ import torch
 from adamixer_scenes import DIM, pictures, unit
 from rtdetr_scenes import detector, small
 
-from hdovd.core.errors import HdovdError
+from hdovd.core import HdovdError
 from hdovd.modeling.base import Regions
 from hdovd.modeling.batching import batch_images
 from hdovd.modeling.boxes import detect
