@@ -27,9 +27,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache import PART_ROWS, Catalog, FeatureSet, Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import PART_ROWS, Level
 from hdovd.cache.writer import ProductWriter
 from hdovd.pipelines.common.console import size
 from hdovd.pipelines.dataloading.loader import Packed, Streams, block_shuffle, pack

@@ -23,9 +23,8 @@ from arguments import parsed, workplace
 from online_clip import reference_transform
 from PIL import Image
 
-from hdovd.cache.schema import Level
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.cache import Level
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
 from hdovd.pipelines.embedding.embedders import Cutter, Pictures, embedders_of, own_threads

@@ -20,10 +20,9 @@ import torch
 from arguments import parsed, workplace
 from torch import Tensor
 
-from hdovd.cache.schema import Level
+from hdovd.cache import Level
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths, Exif, ImageBoxes
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, Exif, ImageBoxes, load_protocol
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.demo.world import make_world
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, DenseRecipe

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from arguments import parsed, workplace
 
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data import Protocol, load_protocol
 from hdovd.evaluation import Engine, require
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth
 from hdovd.pipelines.common.process import usable_cores

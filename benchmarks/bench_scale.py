@@ -20,10 +20,9 @@ import torch
 from arguments import parsed, workplace
 from torch import Tensor
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog, Level
 from hdovd.cache.identity import hash_texts
-from hdovd.cache.schema import Level
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.common.console import size
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip

@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from arguments import parsed, workplace
 
-from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache import PART_ROWS, Catalog, FeatureSet, Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import PART_ROWS, Level
 from hdovd.cache.writer import ProductWriter
 from hdovd.pipelines.common.console import size
 from hdovd.pipelines.search.nearest import BLOCK_ROWS, best_rows

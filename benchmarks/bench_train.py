@@ -33,8 +33,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.common.device import placed, training_workers
 from hdovd.pipelines.dataloading.loader import Dealing, TrainingBatches

@@ -19,8 +19,7 @@ from bench_train import calm
 from side_by_side import prepare
 
 from hdovd.config.recipe import Recipe, load_recipe
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.common.device import team
 from hdovd.pipelines.training.config import TrainConfig

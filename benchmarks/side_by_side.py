@@ -29,7 +29,7 @@ def prepare(folder: Path) -> None:
     """A small drawn world and its cache, by random weights; proposals lie on all objects, so that there is something to
     distil.
     """
-    from hdovd.data.coco import DataPaths
+    from hdovd.data import DataPaths
     from hdovd.pipelines.demo.world import make_world
     from hdovd.pipelines.extraction.config import ExtractConfig
     from hdovd.pipelines.extraction.extract_clip import extract_clip

@@ -17,8 +17,7 @@ import numpy as np
 from arguments import workplace
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.search.config import SearchConfig
 from hdovd.pipelines.search.search import search
 

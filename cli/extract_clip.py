@@ -4,7 +4,7 @@ from shlex import quote
 
 import typer
 
-from hdovd.cache.schema import DEFAULT_SET
+from hdovd.cache import DEFAULT_SET
 from hdovd.cli.command import command
 from hdovd.pipelines.extraction.config import ExtractConfig, this_share
 

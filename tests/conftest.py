@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from hdovd.config.recipe import Recipe, load_recipe
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.demo.world import BASE, make_world
 from hdovd.pipelines.extraction.config import ExtractConfig
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog
 from hdovd.cli.command import command
 from hdovd.cli.main import new_app
 from hdovd.pipelines.cache_tools.config import CheckConfig, ForeignFormat, ImportConfig, ViewConfig

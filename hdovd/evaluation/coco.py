@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from hdovd.core import HdovdError, shorten
-from hdovd.data.coco import Instances, federated_classes, read_instances
-from hdovd.data.protocol import Protocol, group_mean, groups_of
+from hdovd.data import Instances, Protocol, group_mean, groups_of, read_instances
+from hdovd.data.coco import federated_classes
 from hdovd.evaluation import Engine, classes
 from hdovd.evaluation.matching import Found, Judged, Objects, counted
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.data.protocol import Protocol, group_labels, group_of, groups_of
+from hdovd.data import Protocol, group_labels, group_of, groups_of
 
 IOU = 0.5  # at which a detection is right: AP50
 LEAST_IOU = 0.1  # below it nothing is asked of a pair (TIDE's background threshold)

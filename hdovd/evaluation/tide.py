@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.data.protocol import Protocol, group_labels, group_mean, groups_of
+from hdovd.data import Protocol, group_labels, group_mean, groups_of
 from hdovd.evaluation.matching import (
     IOU,
     Found,

@@ -16,15 +16,13 @@ from typing import Any
 
 import torch
 
-from hdovd.cache.catalog import is_tar_form
-from hdovd.cache.identity import require_same
+from hdovd.cache import is_tar_form, require_same
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.tar_shards import TarShards
 from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core import HdovdError, counted, log
-from hdovd.data.coco import DataPaths
+from hdovd.data import METRICS, DataPaths, load_protocol, shown_groups
 from hdovd.data.forms.base import AUTO
-from hdovd.data.protocol import METRICS, load_protocol, shown_groups
 from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.ablation.grid import (
     AblationTable,

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache.catalog import Catalog, is_tar_form
+from hdovd.cache import Catalog, is_tar_form
 from hdovd.config.recipe import PRESETS
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
 from hdovd.pipelines.common.options import (
     DEFAULT_RECIPE,

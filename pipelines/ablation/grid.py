@@ -15,7 +15,7 @@ from typing import Any
 
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core import HdovdError
-from hdovd.data.protocol import GROUPS
+from hdovd.data import GROUPS
 from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.settings import SWITCH, Settings, flat, in_full, short_names, shown_apart, value_at

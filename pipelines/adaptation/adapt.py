@@ -21,13 +21,12 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from hdovd.cache.identity import differences
+from hdovd.cache import differences
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core import HdovdError, log, quiet, shorten
 from hdovd.core.text_files import read_json
-from hdovd.data.coco import DataPaths, ImageBoxes, read_instances
-from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
+from hdovd.data import DataPaths, ImageBoxes, Protocol, load_protocol, parse_protocol, read_instances
 from hdovd.evaluation.coco import found_of
 from hdovd.evaluation.matching import find_overlaps, match
 from hdovd.modeling.base import Detector

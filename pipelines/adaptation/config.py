@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from hdovd.cache.catalog import is_tar_form
+from hdovd.cache import is_tar_form
 from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import SET, Option, OtherProtocol, Trust
 from hdovd.pipelines.runs.folder import RunFolder

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core import HdovdError, log, shorten
-from hdovd.data.coco import ImageBoxes, Split
-from hdovd.data.protocol import Protocol
+from hdovd.data import ImageBoxes, Protocol, Split
 from hdovd.data.targets import Targets
 from hdovd.pipelines.calibration.values import VALUES
 from hdovd.pipelines.common.settings import value_at

@@ -16,12 +16,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hdovd.cache.identity import differences, hash_file
-from hdovd.cache.schema import Level
+from hdovd.cache import Level, differences, hash_file
 from hdovd.core import HdovdError, log, quiet, shorten
 from hdovd.core.text_files import read_toml, shipped
-from hdovd.data.coco import Skips, Split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import Skips, Split, load_protocol
 from hdovd.pipelines.audit import checks
 from hdovd.pipelines.audit.checks import Audited, Check, Verdict, read_audited, read_run
 from hdovd.pipelines.audit.config import AuditConfig

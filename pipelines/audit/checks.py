@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from hdovd.cache import Level, Source, hash_file, require_seal
 from hdovd.cache.hub import local_run
-from hdovd.cache.identity import hash_file, require_seal
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level, Source
 from hdovd.core import HdovdError, shorten
 from hdovd.core.text_files import read_json
-from hdovd.data.coco import DataPaths, Instances, coco_ids_of, read_instances
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data import DataPaths, Instances, Protocol, load_protocol, read_instances
+from hdovd.data.coco import coco_ids_of
 from hdovd.evaluation.matching import box_ious
 from hdovd.pipelines.audit.config import AuditConfig
 from hdovd.pipelines.common.console import progress

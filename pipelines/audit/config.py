@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import DEFAULT_SET, Catalog
 from hdovd.cache.hub import local_run
-from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core import HdovdError, require_files
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol
 from hdovd.pipelines.common.options import DataOptions, Features, Option
 
 

@@ -7,12 +7,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, FeatureSet, is_set_name, is_tar_form
-from hdovd.cache.schema import Level
+from hdovd.cache import SET_NAME_TOLD, Catalog, FeatureSet, Level, is_set_name, is_tar_form
 from hdovd.cache.store import open_folder
 from hdovd.core import HdovdError, require_files
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
 from hdovd.pipelines.common.options import (
     DATA,

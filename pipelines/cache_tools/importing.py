@@ -36,13 +36,21 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, SCHEMA_VERSION, Level, Source
+from hdovd.cache import (
+    CHUNK_ROWS,
+    IMAGE_PART_ROWS,
+    PART_ROWS,
+    SCHEMA_VERSION,
+    Catalog,
+    FeatureSet,
+    KeyInputs,
+    Level,
+    Source,
+    key_of,
+)
 from hdovd.cache.writer import PartFiller, ProductWriter
 from hdovd.core import HdovdError, Unfit, counted, log, shorten
-from hdovd.data.coco import ImageBoxes, Instances, Split, read_instances
-from hdovd.data.protocol import load_protocol
+from hdovd.data import ImageBoxes, Instances, Split, load_protocol, read_instances
 from hdovd.pipelines.cache_tools.config import ImportConfig
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.tensors import floats, load_pth

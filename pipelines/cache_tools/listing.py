@@ -9,14 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
-from hdovd.cache.identity import differences
-from hdovd.cache.product import Product, recorded_parts
-from hdovd.cache.schema import DEFAULT_SET, INDEX, TABLES, Level
+from hdovd.cache import DEFAULT_SET, INDEX, TABLES, Catalog, FeatureSet, Level, Product, RunRecord, differences
+from hdovd.cache.product import recorded_parts
 from hdovd.cache.store import Folder
 from hdovd.cache.verify import product_names
 from hdovd.core import HdovdError, counted, shorten
-from hdovd.data.coco import Skips
+from hdovd.data import Skips
 from hdovd.pipelines.common.console import size
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.common.settings import pair_lines

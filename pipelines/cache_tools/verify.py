@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.cache.catalog import FeatureSet, group_objects, is_tar_form
-from hdovd.cache.identity import require_same
+from hdovd.cache import DEFAULT_SET, INDEX, TABLES, TAR_META, FeatureSet, Level, Product, is_tar_form, require_same
+from hdovd.cache.catalog import group_objects
 from hdovd.cache.picture_files import known_files
-from hdovd.cache.product import Product, record_of
+from hdovd.cache.product import record_of
 from hdovd.cache.rows import Rows
-from hdovd.cache.schema import DEFAULT_SET, INDEX, TABLES, TAR_META, Level
 from hdovd.cache.store import open_folder
 from hdovd.cache.tar_shards import TarShards
 from hdovd.cache.verify import (
@@ -35,8 +34,7 @@ from hdovd.cache.verify import (
     unsealed_records,
 )
 from hdovd.core import HdovdError, counted, log, quiet, shorten
-from hdovd.data.coco import ImageBoxes, Split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import ImageBoxes, Split, load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig, settings_of
 from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.embedding.embedders import Embedder, Pictures, embedders_of

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from hdovd.cache import Level, Source
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
-from hdovd.cache.schema import Level, Source
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core import HdovdError, log, quiet, shorten
-from hdovd.data.coco import ImageBoxes
+from hdovd.data import ImageBoxes
 from hdovd.pipelines.cache_tools.config import ViewConfig
 from hdovd.pipelines.calibration.values import VALUES, origin_of, with_reliability
 from hdovd.pipelines.common.atomic_write import write_picture

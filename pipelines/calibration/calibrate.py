@@ -11,11 +11,10 @@ from shlex import quote
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.core import HdovdError, log
-from hdovd.data.coco import Split
-from hdovd.data.protocol import Protocol
+from hdovd.data import Protocol, Split
 from hdovd.pipelines.calibration.config import CalibrateConfig
 from hdovd.pipelines.calibration.values import Calibration, origin_of
 from hdovd.pipelines.common.atomic_write import write_picture, write_text

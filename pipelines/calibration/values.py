@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from hdovd.cache.identity import KeyInputs, require_same
-from hdovd.cache.schema import Level
+from hdovd.cache import KeyInputs, Level, require_same
 from hdovd.config.detector import AUTO
 from hdovd.core import HdovdError, log, shorten
 from hdovd.core.text_files import read_toml

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hdovd.core import HdovdError, log, shorten
 from hdovd.core.picture_header import ENDINGS, open_picture, orientation_of, told
-from hdovd.data.coco import Exif, ImageBoxes, Split
+from hdovd.data import Exif, ImageBoxes, Split
 
 if "PILLOW_BLOCKS_MAX" not in os.environ:
     Image.core.set_blocks_max(4)  # type: ignore[attr-defined]  # memory of a picture that is kept for the next: page faults can cost as much as decoding

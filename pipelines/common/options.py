@@ -12,10 +12,10 @@ from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from hdovd.cache.schema import DEFAULT_SET
+from hdovd.cache import DEFAULT_SET
 from hdovd.config.detector import PRESETS
 from hdovd.core import HdovdError, shorten
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.data.forms.base import AUTO, FORMS
 
 if TYPE_CHECKING:

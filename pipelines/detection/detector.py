@@ -18,8 +18,7 @@ from torchvision.ops import box_iou
 
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError, counted, log, shorten
-from hdovd.data.coco import Exif
-from hdovd.data.protocol import Protocol
+from hdovd.data import Exif, Protocol
 from hdovd.modeling.base import Detector as Model
 from hdovd.modeling.batching import input_size, padded
 from hdovd.modeling.boxes import Detections, detect_batch

@@ -24,15 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdovd.cache.catalog import Catalog, is_tar_form
-from hdovd.cache.identity import KeyInputs, differences, key_of
+from hdovd.cache import Catalog, KeyInputs, Level, differences, is_tar_form, key_of
 from hdovd.cache.reader import FeatureCache, normalised_rows
-from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
 from hdovd.core import HdovdError, counted, log, shorten, user_cache_folder
 from hdovd.core.text_files import checked_name
-from hdovd.data.coco import ImageBoxes, load_split, read_instances
-from hdovd.data.protocol import Protocol
+from hdovd.data import ImageBoxes, Protocol, load_split, read_instances
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.images import AnyPicture, decode, find_pictures
 from hdovd.pipelines.common.options import Precision

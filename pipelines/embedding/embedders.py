@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hdovd.cache import Level
 from hdovd.cache.picture_files import PictureFile
-from hdovd.cache.schema import Level
 from hdovd.core import HdovdError, log
 from hdovd.core.picture_header import told
-from hdovd.data.coco import Exif, ImageBoxes
+from hdovd.data import Exif, ImageBoxes
 from hdovd.pipelines.common.images import read_annotated
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, DenseRecipe
 from hdovd.pipelines.teachers.base import Teacher

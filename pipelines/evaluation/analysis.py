@@ -13,8 +13,8 @@ import numpy as np
 
 from hdovd.core import HdovdError
 from hdovd.core.text_files import JsonStream, cut, read_json
-from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split, four_numbers, number
-from hdovd.data.protocol import Protocol, group_labels, groups_of, load_protocol
+from hdovd.data import DataPaths, Exif, ImageBoxes, Protocol, Split, group_labels, groups_of, load_protocol
+from hdovd.data.coco import four_numbers, number
 from hdovd.evaluation.coco import GroundTruth, found_of
 from hdovd.evaluation.matching import (
     Confusion,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.core import HdovdError
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol
 from hdovd.evaluation import ENGINES, Engine
 from hdovd.pipelines.common.options import ClipNames, Data, InferenceOptions, Option
 from hdovd.pipelines.runs.config import ExampleOptions, RunOptions

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hdovd.core import HdovdError, log, shorten
-from hdovd.data.coco import DataPaths, Exif, Split
-from hdovd.data.protocol import Protocol, group_of, load_protocol, shown_groups
+from hdovd.data import DataPaths, Exif, Protocol, Split, group_of, load_protocol, shown_groups
 from hdovd.evaluation import Engine, require
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth, found_of
 from hdovd.evaluation.tide import ERRORS, ErrorBreakdown, break_down

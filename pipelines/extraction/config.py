@@ -10,13 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, is_set_name
-from hdovd.cache.identity import KeyInputs
-from hdovd.cache.schema import CHUNK_ROWS, PART_ROWS
+from hdovd.cache import CHUNK_ROWS, PART_ROWS, SET_NAME_TOLD, Catalog, KeyInputs, is_set_name
 from hdovd.core import HdovdError, is_file, require_files
-from hdovd.data.coco import DataPaths, Exif
+from hdovd.data import DataPaths, Exif, load_protocol
 from hdovd.data.forms.base import AUTO
-from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.name_list import is_shipped, read_vocabulary
 from hdovd.pipelines.common.options import (
     CacheWritten,

@@ -23,24 +23,26 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.identity import KeyInputs, differences, key_of
-from hdovd.cache.picture_files import LATER, write_files
-from hdovd.cache.product import Product
-from hdovd.cache.rows import Rows
-from hdovd.cache.schema import (
+from hdovd.cache import (
     CHUNK_ROWS,
     IMAGE_PART_ROWS,
     PART_ROWS,
-    ROW_ARRAYS,
     TABLE_ARRAYS,
     TABLES,
+    Catalog,
+    KeyInputs,
     Level,
+    Product,
+    differences,
+    key_of,
     row_arrays,
 )
+from hdovd.cache.picture_files import LATER, write_files
+from hdovd.cache.rows import Rows
+from hdovd.cache.schema import ROW_ARRAYS
 from hdovd.cache.writer import ProductWriter
 from hdovd.core import HdovdError, counted
-from hdovd.data.coco import Split
+from hdovd.data import Split
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import shown, workers_for
 from hdovd.pipelines.embedding.embedders import Cutter, Embedder, PartRows, Wanted, embed, own_threads

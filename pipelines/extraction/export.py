@@ -27,10 +27,9 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.product import Product
+from hdovd.cache import TABLE_ARRAYS, TABLES, Catalog, FeatureSet, Level, Product, Source, row_arrays
 from hdovd.cache.reader import FeatureCache, InstanceRows
-from hdovd.cache.schema import TABLE_ARRAYS, TABLES, TOP_ARRAYS, Level, Source, row_arrays
+from hdovd.cache.schema import TOP_ARRAYS
 from hdovd.cache.tar_shards import (
     MEMBERS,
     TABLES_HERE,
@@ -43,8 +42,7 @@ from hdovd.cache.tar_shards import (
 )
 from hdovd.cache.writer import PartFiller, ProductWriter
 from hdovd.core import HdovdError, counted, log, system_reason
-from hdovd.data.coco import ImageBoxes, Split
-from hdovd.data.protocol import Protocol
+from hdovd.data import ImageBoxes, Protocol, Split
 from hdovd.pipelines.common.atomic_write import replace_file, write_picture, write_text, writing
 from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.common.images import read_image

@@ -18,16 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import KeyInputs, hash_file, require_same
+from hdovd.cache import TAR_META, Catalog, FeatureSet, KeyInputs, Level, hash_file, require_same
 from hdovd.cache.picture_files import known_files
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import TAR_META, Level
 from hdovd.cache.store import Folder, open_folder
 from hdovd.cache.tar_shards import TarMeta, TarShards, forget_shard, unfinished_shards
 from hdovd.core import HdovdError, counted, log, quiet, shorten
-from hdovd.data.coco import Exif, Skips, Split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import Exif, Skips, Split, load_protocol
 from hdovd.pipelines.common.console import duration, progress, size
 from hdovd.pipelines.common.images import read_alike
 from hdovd.pipelines.common.options import Precision

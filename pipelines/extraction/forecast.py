@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.schema import TABLE_ARRAYS, Level
+from hdovd.cache import TABLE_ARRAYS, Catalog, Level
 from hdovd.cache.store import open_folder
 from hdovd.cache.writer import ProductWriter
 from hdovd.core import log, quiet
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.common.console import duration, size
 from hdovd.pipelines.common.device import workers_for
 from hdovd.pipelines.embedding.embedders import GPU_THREADS, Cutter, in_order, own_threads

@@ -28,15 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdovd.cache.catalog import FeatureSet
-from hdovd.cache.identity import KeyInputs, hash_tables, key_of, table_inputs
+from hdovd.cache import SCHEMA_VERSION, TABLE_ARRAYS, FeatureSet, KeyInputs, Level, Product, Source, hash_tables, key_of
+from hdovd.cache.identity import table_inputs
 from hdovd.cache.picture_files import FILE, PictureFile, known_files, place_of
-from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import SCHEMA_VERSION, TABLE_ARRAYS, Level, Source
 from hdovd.core import HdovdError, Unfit, counted, log, require_readable, shorten
 from hdovd.core.text_files import checked_name, read_toml, shown
-from hdovd.data.coco import Exif, ImageBoxes, Split
+from hdovd.data import Exif, ImageBoxes, Split
 from hdovd.modeling.base import Detector
 from hdovd.pipelines.common.tensors import floats, load_pth, load_tensors
 from hdovd.pipelines.embedding.embedders import Embedder

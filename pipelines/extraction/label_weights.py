@@ -26,10 +26,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hdovd.cache import Level, Source
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level, Source
 from hdovd.core import HdovdError
-from hdovd.data.coco import Split
+from hdovd.data import Split
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.extraction.config import LabelChoice, LabelRule
 from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts, prior, rows_of_classes

@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdovd.cache.identity import hash_tables
-from hdovd.cache.schema import Source
+from hdovd.cache import Source, hash_tables
 from hdovd.core import HdovdError, counted, log, shorten
 from hdovd.core.text_files import cut, json_lines, shown
-from hdovd.data.coco import ImageBoxes, whole
+from hdovd.data import ImageBoxes
+from hdovd.data.coco import whole
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.name_list import shipped
 from hdovd.pipelines.extraction.config import TEMPERATURE, LabelChoice, LabelRule

@@ -11,12 +11,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
-from hdovd.cache.schema import DEFAULT_SET, TAR_SAMPLES, Level
+from hdovd.cache import DEFAULT_SET, TAR_SAMPLES, Catalog, FeatureSet, Level, is_tar_form
 from hdovd.core import HdovdError, shorten
-from hdovd.data.coco import DataPaths, Exif, Split
+from hdovd.data import DataPaths, Exif, Protocol, Split, load_protocol
 from hdovd.data.forms.base import AUTO, FORMS
-from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.common.options import MISSING, CacheArgument, DataIfGiven, Features, Group, Option, OtherProtocol
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.runs.folder import RunFolder

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog
 from hdovd.cache.hub import hub_client, is_hub, repository
 from hdovd.core import HdovdError, require_files
 from hdovd.pipelines.common.options import Option

@@ -7,13 +7,13 @@ from typing import Any
 
 import jinja2
 
-from hdovd.cache.catalog import NAMED, Catalog
+from hdovd.cache import Catalog, Level
+from hdovd.cache.catalog import NAMED
 from hdovd.cache.hub import KINDS, LIST, file_list, hub_client, is_hub, repository
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import outside_code
 from hdovd.core import HdovdError, __version__, counted, log, shorten
 from hdovd.core.text_files import read_json
-from hdovd.data.protocol import METRICS
+from hdovd.data import METRICS
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.console import size

@@ -21,7 +21,8 @@ import yaml
 from hdovd.cache.reader import FeatureCache
 from hdovd.core import HdovdError, __version__, counted, log, shorten
 from hdovd.core.text_files import JsonStream, checked_name
-from hdovd.data.coco import DataPaths, Instances, Split, clip_box, read_instances
+from hdovd.data import DataPaths, Instances, Split, read_instances
+from hdovd.data.coco import clip_box
 from hdovd.data.forms.converted import label_of
 from hdovd.pipelines.common.atomic_write import write_text, writing
 from hdovd.pipelines.common.images import printable

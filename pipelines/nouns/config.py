@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.core import HdovdError, require_files
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol
 from hdovd.pipelines.common.name_list import read_vocabulary
 from hdovd.pipelines.common.options import Option, Protocol
 

@@ -16,9 +16,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hdovd.cache.identity import hash_file
+from hdovd.cache import hash_file
 from hdovd.core import HdovdError, __version__, log, shorten
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.name_list import GENERAL, read_vocabulary, shipped
 from hdovd.pipelines.nouns.allowed import (

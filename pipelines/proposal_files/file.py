@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.cache.identity import hash_tables
+from hdovd.cache import hash_tables
 from hdovd.core import HdovdError, log, shorten
 from hdovd.core.text_files import JsonStream, cut, printable, read_json, shown
-from hdovd.data.coco import ImageBoxes, Skips, number, whole
+from hdovd.data import ImageBoxes, Skips
+from hdovd.data.coco import number, whole
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.options import ListOrder, require_proposal_file
 from hdovd.pipelines.common.settings import pair_lines

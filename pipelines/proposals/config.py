@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from hdovd.core import HdovdError
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol
 from hdovd.pipelines.common.options import RECIPE, DataOptions, Device, NetworkOptions, Option, require_proposal_file
 
 if TYPE_CHECKING:

@@ -25,11 +25,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from hdovd.cache.identity import hash_file, require_same
+from hdovd.cache import hash_file, require_same
 from hdovd.config.recipe import Recipe, build_recipe, outside_code
 from hdovd.core import HdovdError, Stopped, __version__, is_file, log, quiet, require_readable
-from hdovd.data.coco import Split, read_instances
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data import Protocol, Split, load_protocol, read_instances
 from hdovd.data.targets import flip_boxes
 from hdovd.evaluation.matching import THRESHOLDS, found_at, recall
 from hdovd.modeling.proposals.networks import ObjectLocalisationNetwork, ObjectnessNetwork, ProposalNetwork

@@ -36,11 +36,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
-from hdovd.cache.identity import hash_tables, key_of
+from hdovd.cache import hash_tables, key_of
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError, counted, log, quiet, shorten
-from hdovd.data.coco import ImageBoxes, Split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import ImageBoxes, Split, load_protocol
 from hdovd.modeling.proposals.networks import ProposalNetwork
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.device import Team, placed, team

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache.catalog import SET_NAME_TOLD, is_set_name
+from hdovd.cache import SET_NAME_TOLD, is_set_name
 from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import (
     CacheWritten,

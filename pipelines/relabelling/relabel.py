@@ -23,13 +23,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import hash_file
+from hdovd.cache import Catalog, FeatureSet, Level, Source, hash_file
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level, Source
 from hdovd.core import HdovdError, __version__, log, quiet, require_files
-from hdovd.data.coco import DataPaths, ImageBoxes, Split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, ImageBoxes, Split, load_protocol
 from hdovd.modeling.base import Detector
 from hdovd.modeling.boxes import combine_scores
 from hdovd.pipelines.common.device import Team, team

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.common.options import DATA, Group, InferenceOptions, Option, Trust, data_of, require_own_folder
 from hdovd.pipelines.runs.folder import RunFolder
 

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from hdovd.cache.schema import Source
+from hdovd.cache import Source
 from hdovd.core import HdovdError
-from hdovd.data.coco import ImageBoxes, Split
-from hdovd.data.protocol import Protocol, group_of, shown_groups
+from hdovd.data import ImageBoxes, Protocol, Split, group_of, shown_groups
 from hdovd.evaluation.matching import RECALLS
 from hdovd.evaluation.tide import Kind
 from hdovd.pipelines.ablation.grid import BLIND, SEED, Row, column_texts, scores_of

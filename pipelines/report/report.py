@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from hdovd.cache import Level, Source
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level, Source
 from hdovd.core import HdovdError, log, quiet
 from hdovd.core.text_files import read_json
-from hdovd.data.coco import DataPaths, Split
-from hdovd.data.protocol import METRICS, Protocol, shown_groups
+from hdovd.data import METRICS, DataPaths, Protocol, Split, shown_groups
 from hdovd.evaluation.tide import ERRORS
 from hdovd.modeling.losses.instance import relation_loss
 from hdovd.pipelines.common.device import pick_device

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.core import HdovdError, require_files
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol
 from hdovd.modeling.published_weights import PUBLISHED
 from hdovd.pipelines.common.options import Option, Protocol, Trust
 from hdovd.pipelines.runs.folder import RunFolder, Weights

@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.product import Product
+from hdovd.cache import INDEX, KeyInputs, Level, Product, key_of
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
-from hdovd.cache.schema import INDEX, Level
 from hdovd.cache.writer import ProductWriter
 from hdovd.core import HdovdError, counted, log
 from hdovd.pipelines.common.console import size

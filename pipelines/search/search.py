@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hdovd.cache.identity import KeyInputs
+from hdovd.cache import KeyInputs, Level, Source
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
-from hdovd.cache.schema import Level, Source
 from hdovd.core import HdovdError, counted, log, quiet, shorten
-from hdovd.data.coco import ImageBoxes, Split
+from hdovd.data import ImageBoxes, Split
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.images import decode, read_image

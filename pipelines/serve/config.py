@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache.schema import DEFAULT_SET
+from hdovd.cache import DEFAULT_SET
 from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import ClipOptions, DataIfGiven, Features, Option, Trust
 from hdovd.pipelines.extraction.source import CacheSource

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 from hdovd.core import HdovdError, log, system_reason
 from hdovd.core.picture_header import open_picture, told
 from hdovd.core.text_files import checked_name
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.common.options import DATA
 from hdovd.pipelines.common.pages import page, small_picture_data

@@ -23,7 +23,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor
 from tqdm import tqdm
 
-from hdovd.cache.identity import hash_file, hash_tables
+from hdovd.cache import hash_file, hash_tables
 from hdovd.core import HdovdError, counted, is_file, require_readable, shorten
 from hdovd.core.text_files import read_json
 from hdovd.pipelines.common.device import choose, pick_device

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from hdovd.cache.catalog import Catalog, is_tar_form
+from hdovd.cache import Catalog, is_tar_form
 from hdovd.cache.hub import is_hub
 from hdovd.core import HdovdError
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
 from hdovd.pipelines.common.options import RECIPE_AND_PRESET, NetworkOptions, Option, RunsOptions
 from hdovd.pipelines.runs.folder import RunFolder

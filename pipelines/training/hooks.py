@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hdovd.core import HdovdError, Stopped, in_a_line, log, require_readable
-from hdovd.data.protocol import GROUPS
+from hdovd.data import GROUPS
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.device import Team

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hdovd.cache import differences
 from hdovd.cache.hub import local_run
-from hdovd.cache.identity import differences
 from hdovd.config.recipe import Recipe, load_recipe, outside_code
 from hdovd.core import HdovdError, log, shorten
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data import Protocol, load_protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.published_weights import PUBLISHED, Published
 from hdovd.pipelines.common.device import provenance

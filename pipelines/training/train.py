@@ -19,13 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hdovd.cache.catalog import Catalog, RunRecord, is_tar_form
+from hdovd.cache import Catalog, Level, RunRecord, is_tar_form
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError, in_a_line, log, quiet
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import METRICS, Protocol, load_protocol
+from hdovd.data import METRICS, DataPaths, Protocol, load_protocol
 from hdovd.modeling.backbones.pyramid import with_synced_norms
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.distributed import world_size

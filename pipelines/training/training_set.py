@@ -16,14 +16,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset, get_worker_info
 
-from hdovd.cache.identity import require_same
+from hdovd.cache import DEFAULT_SET, Level, Source, require_same
 from hdovd.cache.reader import FeatureCache, InstanceRows, no_labels, require_together, require_unit
-from hdovd.cache.schema import DEFAULT_SET, Level, Source
 from hdovd.cache.tar_shards import TarShards
 from hdovd.config.recipe import LossConfig, Recipe
 from hdovd.core import HdovdError, log, shorten
-from hdovd.data.coco import Exif, ImageBoxes, Split
-from hdovd.data.protocol import Protocol
+from hdovd.data import Exif, ImageBoxes, Protocol, Split
 from hdovd.data.targets import Targets
 from hdovd.pipelines.calibration.values import LabelOrigin, origin_of
 from hdovd.pipelines.common.images import pixels_of, read_image, read_pixels

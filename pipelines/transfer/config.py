@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hdovd.core import HdovdError, shorten
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.common.options import ClipOptions, Group, Option
 from hdovd.pipelines.evaluation.config import EvalOptions
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdovd.core import log, shorten
-from hdovd.data.coco import DataPaths, read_instances
-from hdovd.data.protocol import Protocol
+from hdovd.data import DataPaths, Protocol, read_instances
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.name_list import shipped
 from hdovd.pipelines.detection.names import NameEmbedder

@@ -13,8 +13,7 @@ from bench_dense import DenseBench, Way, bench_dense
 from online_clip import reference_transform
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import load_split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol, load_split
 from hdovd.pipelines.common.images import pixels_of, read_image
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX

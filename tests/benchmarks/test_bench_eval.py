@@ -13,8 +13,7 @@ import pytest
 from bench_eval import EvalBench, bench_eval, largest_difference, make_eval_world
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import load_split
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data import Protocol, load_protocol, load_split
 from hdovd.evaluation import Engine
 from hdovd.evaluation.coco import AveragePrecision
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from bench_scale import BASE_BOXES, Figures, ScaleBench, bench_scale
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 
 
 def test_figures(tmp_path: Path) -> None:

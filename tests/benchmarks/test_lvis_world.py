@@ -31,8 +31,7 @@ from lvis_world import (
 from other_world import NAMES
 from PIL import Image
 
-from hdovd.data.coco import load_split
-from hdovd.data.protocol import parse_protocol
+from hdovd.data import load_split, parse_protocol
 from hdovd.pipelines.common.name_list import read_vocabulary
 from hdovd.pipelines.demo.world import Scene
 

@@ -13,8 +13,7 @@ import other_world
 import pytest
 from other_world import BASE, LIKED, LOOKS, NAMES, NOVEL, draw_scene, make_teacher, make_world, named_rightly
 
-from hdovd.data.coco import load_split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol, load_split
 from hdovd.pipelines.common.name_list import shipped
 from hdovd.pipelines.demo.world import SHAPES, Scene
 

@@ -14,8 +14,7 @@ import scene_world
 import torch
 from scene_world import OWN, captioned_wholes, draw_scene, make_teacher
 
-from hdovd.data.coco import load_split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol, load_split
 from hdovd.pipelines.demo.world import BASE, GROUNDS, NOVEL, SHAPES, Scene, draw_scene as draw_demo_scene, make_world
 from hdovd.pipelines.teachers.openclip import load_clip
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.schema import DEFAULT_SET, PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, Level, Source
+from hdovd.cache import DEFAULT_SET, PART_ROWS, TABLE_ARRAYS, Catalog, FeatureSet, KeyInputs, Level, Source, key_of
+from hdovd.cache.schema import ROW_ARRAYS
 from hdovd.cache.writer import ProductWriter
 
 D = 8

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hdovd.cache.identity import differences, hash_tables, hash_texts, key_of
+from hdovd.cache import differences, hash_tables, key_of
+from hdovd.cache.identity import hash_texts
 
 
 def test_key_does_not_depend_on_the_order_of_names() -> None:

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import zarr
 
-from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import key_of
+from hdovd.cache import SCHEMA_VERSION, Catalog, FeatureSet, Level, key_of
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import SCHEMA_VERSION, Level
 from hdovd.core import HdovdError
 
 # --- the folder ---

@@ -16,9 +16,9 @@ import pytest
 import zarr
 from torch.utils.data import DataLoader
 
-from hdovd.cache.identity import key_of
+from hdovd.cache import SCHEMA_VERSION, TABLE_ARRAYS, Level, key_of
 from hdovd.cache.reader import FeatureCache, InstanceRows
-from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TOP_ARRAYS, Level
+from hdovd.cache.schema import ROW_ARRAYS, TOP_ARRAYS
 
 COLUMNS = [name for name in InstanceRows.__slots__ if name not in TOP_ARRAYS]
 

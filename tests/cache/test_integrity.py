@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
+from hdovd.cache import Catalog, FeatureSet, Level, Product, RunRecord
 from hdovd.cache.picture_files import FILE, known_files, write_files
-from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.cache.store import LocalFolder
 from hdovd.cache.verify import Checked, ProductCheck, check_records, unsealed_records
 from hdovd.cache.writer import ProductWriter

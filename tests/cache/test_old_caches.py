@@ -19,12 +19,10 @@ import numpy as np
 import pytest
 import zarr
 
-from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
-from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.product import Product
+from hdovd.cache import TABLE_ARRAYS, Catalog, FeatureSet, KeyInputs, Level, Product, RunRecord, key_of
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import Rows
-from hdovd.cache.schema import ROW_ARRAYS, TABLE_ARRAYS, Level
+from hdovd.cache.schema import ROW_ARRAYS
 from hdovd.cache.writer import ProductWriter
 from hdovd.core import HdovdError
 

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.product import Product
-from hdovd.cache.schema import TABLE_ARRAYS, Level
+from hdovd.cache import TABLE_ARRAYS, Catalog, Level, Product
 from hdovd.cache.store import LocalFolder
 from hdovd.cache.writer import ProductWriter
 from hdovd.core import HdovdError

@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from store_contract import begin, contents, failing, ragged, write_parts
 from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 
-from hdovd.cache.product import Product
+from hdovd.cache import CHUNK_ROWS, TABLE_ARRAYS, Level, Product
 from hdovd.cache.rows import Rows
-from hdovd.cache.schema import CHUNK_ROWS, TABLE_ARRAYS, Level
 from hdovd.cache.store import LocalFolder
 from hdovd.core import HdovdError
 

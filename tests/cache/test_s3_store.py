@@ -25,10 +25,9 @@ from store_contract import COUNTS, StoreContract, begin, contents, ragged, write
 from torch.utils.data import DataLoader
 
 import hdovd.cache.store
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import TABLE_ARRAYS, Catalog, Level
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import Rows
-from hdovd.cache.schema import TABLE_ARRAYS, Level
 from hdovd.cache.store import open_folder
 from hdovd.core import HdovdError
 from hdovd.pipelines.extraction.extract_clip import extract_clip

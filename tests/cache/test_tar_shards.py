@@ -21,10 +21,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.numpy import load, save
 
-from hdovd.cache import tar_shards
-from hdovd.cache.catalog import Catalog, is_tar_form
+from hdovd.cache import DEFAULT_SET, TAR_META, Catalog, Level, is_tar_form, tar_shards
 from hdovd.cache.identity import sealed
-from hdovd.cache.schema import DEFAULT_SET, TAR_META, Level
 from hdovd.cache.tar_shards import MEMBERS, TarMeta, TarSample, TarShards, TarWriter, unfinished_shards
 from hdovd.core import HdovdError
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import KeyInputs, hash_tables, key_of, table_inputs
-from hdovd.cache.schema import CHUNK_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level
+from hdovd.cache import CHUNK_ROWS, TABLE_ARRAYS, TABLES, Catalog, FeatureSet, KeyInputs, Level, hash_tables, key_of
+from hdovd.cache.identity import table_inputs
+from hdovd.cache.schema import ROW_ARRAYS
 from hdovd.cache.store import open_folder
 from hdovd.cache.verify import Checked, Finding, ProductCheck, check_records, check_set, product_names
 from hdovd.cache.writer import ProductWriter

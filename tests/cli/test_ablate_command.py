@@ -26,7 +26,7 @@ from forked_commands import forked_jobs
 from typer.testing import CliRunner
 
 from hdovd.cli.main import app
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.ablation.ablate import LOCK, AblateConfig, plan
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.training.train import TrainConfig, train

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.schema import Level
+from hdovd.cache import Catalog, Level
 from hdovd.cli.main import app
 from hdovd.core import HdovdError
 from hdovd.pipelines.extraction import forecast as forecasting

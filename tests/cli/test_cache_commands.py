@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 from command_runs import Ran
 
-from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
-from hdovd.cache.schema import Level
+from hdovd.cache import Catalog, FeatureSet, Level, RunRecord
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 

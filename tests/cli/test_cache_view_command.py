@@ -16,9 +16,9 @@ import pytest
 from command_runs import Ran
 from PIL import Image
 
+from hdovd.cache import Source
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Source
 from hdovd.pipelines.cache_tools.view import (
     STRONG,
     WEAK,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.audit.audit import AuditConfig, AuditReport, audit
 from hdovd.pipelines.audit.checks import Check, Verdict
 from hdovd.pipelines.demo.world import BASE

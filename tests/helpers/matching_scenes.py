@@ -10,7 +10,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hdovd.data.protocol import Protocol
+from hdovd.data import Protocol
 from hdovd.evaluation.matching import Found, Objects
 
 PROTOCOL = Protocol("mine", ("cat", "dog", "bus"), ("ant", "zebra"))

@@ -24,9 +24,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import ray
 
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.product import Product
-from hdovd.cache.schema import Level
+from hdovd.cache import Catalog, Level, Product
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 

@@ -15,11 +15,9 @@ import numpy as np
 import pytest
 import zarr
 
-from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.product import Product
+from hdovd.cache import TABLE_ARRAYS, TABLES, Catalog, FeatureSet, Level, Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import Rows
-from hdovd.cache.schema import TABLE_ARRAYS, TABLES, Level
 from hdovd.cache.store import Folder, open_folder
 from hdovd.cache.writer import ProductWriter
 from hdovd.core import HdovdError

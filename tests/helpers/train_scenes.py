@@ -17,7 +17,7 @@ import torch
 
 from hdovd.config.recipe import load_recipe
 from hdovd.core import Stopped
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.training import hooks as run_hooks, loop as fit, train
 from hdovd.pipelines.training.loop import Loop
 

@@ -11,7 +11,7 @@ import pytest
 
 from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core import lines_to
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train
 

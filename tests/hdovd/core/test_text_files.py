@@ -15,7 +15,7 @@ import hdovd
 from hdovd.config.recipe import load_recipe
 from hdovd.core import HdovdError
 from hdovd.core.text_files import JsonStream, checked_name, cut, read_json, read_toml, shown
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol
 from hdovd.pipelines.common.name_list import read_vocabulary
 from hdovd.pipelines.extraction.identities import read_synonyms
 from hdovd.pipelines.teachers.prompts import read_templates

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths, Skips, Split, clip_box, load_split
-from hdovd.data.protocol import Protocol
+from hdovd.data import DataPaths, Protocol, Skips, Split, load_split
+from hdovd.data.coco import clip_box
 from hdovd.pipelines.common.options import validation_of
 
 PROTOCOL = Protocol("mine", ("zebra", "cat"), ("dog",))

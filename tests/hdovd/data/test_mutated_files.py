@@ -10,8 +10,7 @@ import pytest
 from mutations import mutated
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import load_split, read_instances
-from hdovd.data.protocol import Protocol, parse_protocol
+from hdovd.data import Protocol, load_split, parse_protocol, read_instances
 from hdovd.evaluation.coco import GroundTruth
 from hdovd.pipelines.nouns.allowed import read_captions, read_noun_file
 from hdovd.pipelines.proposal_files.file import read_table

@@ -6,7 +6,7 @@ import pytest
 
 from hdovd.core import HdovdError
 from hdovd.core.text_files import shipped
-from hdovd.data.protocol import load_protocol, parse_protocol
+from hdovd.data import load_protocol, parse_protocol
 
 BASE = (
     "person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep, bear, zebra, giraffe, backpack, "

@@ -16,8 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import load_split
-from hdovd.data.protocol import Protocol
+from hdovd.data import Protocol, load_split
 from hdovd.evaluation import Engine, require
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from matching_scenes import ANT, BUS, CAT, DOG, PROTOCOL, ZEBRA
 
-from hdovd.data.protocol import Protocol, group_labels
+from hdovd.data import Protocol, group_labels
 from hdovd.evaluation.matching import Found, Objects, Verdict, find_overlaps, match
 from hdovd.evaluation.tide import ERRORS, ErrorBreakdown, Errors, Kind, break_down, classify
 from hdovd.pipelines.evaluation.evaluate import error_table

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hdovd.core import HdovdError
-from hdovd.data.protocol import Protocol, parse_protocol
+from hdovd.data import Protocol, parse_protocol
 from hdovd.evaluation import Engine
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth, found_of
 from hdovd.evaluation.matching import Verdict, confusion, find_overlaps, match, precision_curves

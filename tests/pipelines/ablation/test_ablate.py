@@ -15,8 +15,7 @@ import pytest
 
 from hdovd.config.recipe import PRESETS, load_recipe
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.ablation.ablate import (
     LOCK,
     STAGES,

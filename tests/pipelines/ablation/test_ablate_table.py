@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hdovd.config.recipe import PRESETS, load_recipe
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.ablation.grid import (
     GAP,

@@ -22,13 +22,12 @@ from forked_group import ranks
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cli.main import app
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError, Stopped, lines_to, shorten
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
+from hdovd.data import DataPaths, Protocol, load_protocol, parse_protocol
 from hdovd.data.targets import Targets
 from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.adaptation import adapt as stage

@@ -14,13 +14,11 @@ import pytest
 import torch
 from audit_scenes import MADE_BY, TRAIN, VAL, check_of, edit, leak_of, made_by_training, report_of
 
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.schema import Level
+from hdovd.cache import Catalog, Level
 from hdovd.cli.main import main
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths, Skips, read_instances
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, Skips, load_protocol, read_instances
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.checks import Verdict, class_of_noun
 from hdovd.pipelines.demo.world import BASE

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import TABLES, Catalog, Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import TABLES, Level
 from hdovd.cache.verify import Checked, Finding
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.listing import find_garbage
 from hdovd.pipelines.cache_tools.verify import check_cache

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hdovd.cache import Level, Source
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level, Source
 from hdovd.config.recipe import load_recipe
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths, Split
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data import DataPaths, Protocol, Split, load_protocol
 from hdovd.pipelines.cache_tools.view import Reliability, find_reliability, gather_view
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.extract_clip import extract_clip

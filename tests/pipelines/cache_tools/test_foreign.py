@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import Split, load_split
-from hdovd.data.protocol import Protocol
+from hdovd.data import Protocol, Split, load_split
 from hdovd.pipelines.cache_tools.importing import FULL, GT, PROPOSAL, TEXT, ForeignImage, read_hd_ovd, read_oadp
 
 D = 6

@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog, Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig

@@ -19,13 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from hdovd.cache import Level, Source
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level, Source
 from hdovd.cli.main import app
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.extraction import export
 from hdovd.pipelines.extraction.export import export_parquet
 from hdovd.pipelines.extraction.extract_clip import extract_clip

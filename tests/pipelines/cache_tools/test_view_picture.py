@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.cache.schema import Source
+from hdovd.cache import Source
 from hdovd.pipelines.cache_tools.view import CacheView, Likeness, ViewRow, draw_view
 from hdovd.pipelines.common.drawing import cut_label, label_font
 

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.calibration.calibrate import CalibrateConfig, calibrate

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from hdovd.core import HdovdError, picture_header
-from hdovd.data.coco import Exif, ImageBoxes, Skips, Split
+from hdovd.data import Exif, ImageBoxes, Skips, Split
 from hdovd.pipelines.common import images
 from hdovd.pipelines.common.images import decode, read_annotated, read_image, read_pixels
 from hdovd.pipelines.embedding.embedders import read_picture

@@ -13,13 +13,11 @@ import pytest
 import torch
 from orders import InOrder
 
-from hdovd.cache import rows
+from hdovd.cache import Level, rows
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.common.device import Team
 from hdovd.pipelines.dataloading.loader import (
     BLOCK,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol
 from hdovd.pipelines.demo.world import ABSENT, BASE, GROUNDS, NOVEL, SHAPES, make_world, scenes
 
 

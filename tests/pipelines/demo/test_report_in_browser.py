@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.report.report import ReportConfig, report
 from hdovd.pipelines.runs.folder import RunFolder

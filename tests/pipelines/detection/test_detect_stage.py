@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from safetensors.numpy import save_file
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.detection.detect import DetectConfig, DetectionFolder, detect
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder

@@ -18,8 +18,7 @@ from torch.nn.functional import normalize
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.detection import names as name_embedding
 from hdovd.pipelines.detection.detector import Detector, evaluate_examples
 from hdovd.pipelines.detection.names import Gap, NameEmbedder, read_examples

@@ -15,8 +15,7 @@ from torch.nn.functional import normalize
 from torchvision.ops import box_iou
 
 from hdovd.core import lines_to
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import Protocol
+from hdovd.data import DataPaths, Protocol
 from hdovd.modeling.export.detectors import traceable
 from hdovd.pipelines.detection import detector as detector_file
 from hdovd.pipelines.detection.detector import Detector, fit_rows

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from hdovd.cache import Level
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.detection import names as name_embedding
 from hdovd.pipelines.detection.names import NameEmbedder

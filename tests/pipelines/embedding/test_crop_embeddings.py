@@ -11,7 +11,7 @@ import torch
 from online_clip import reference_transform
 from PIL import Image
 
-from hdovd.data.coco import ImageBoxes
+from hdovd.data import ImageBoxes
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.embedding.embedders import Crops, PartRows, Pictures, embed, mean_of

@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from typer.testing import CliRunner
 
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.product import Product
+from hdovd.cache import Catalog, Level, Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import Rows
-from hdovd.cache.schema import Level
 from hdovd.cli.main import app
 from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.cache_tools.config import CheckConfig

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hdovd.cache.schema import Level
+from hdovd.cache import Level
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import ImageBoxes
+from hdovd.data import ImageBoxes
 from hdovd.pipelines.common.device import workers_for
 from hdovd.pipelines.embedding.embedders import Batch, CropJob, Wanted, embed, in_order, own_threads
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.evaluation.analysis import analyse
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, EvalResult, error_table, evaluate, result_table
 from hdovd.pipelines.runs.folder import RunFolder

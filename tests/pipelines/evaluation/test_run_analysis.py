@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths, load_split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol, load_split
 from hdovd.evaluation.coco import GroundTruth
 from hdovd.evaluation.tide import ERRORS, Kind
 from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse

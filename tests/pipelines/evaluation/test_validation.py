@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths, Split
+from hdovd.data import DataPaths, Split
 from hdovd.data.targets import Targets
 from hdovd.evaluation import Engine
 from hdovd.evaluation.coco import AveragePrecision

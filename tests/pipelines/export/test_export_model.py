@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from hdovd.cli.main import app
 from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core import HdovdError
-from hdovd.data.protocol import Protocol
+from hdovd.data import Protocol
 from hdovd.modeling.batching import batch_images
 from hdovd.modeling.boxes import Detections, detect
 from hdovd.modeling.export.detectors import ExportableDetector

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hdovd.cache.schema import Source
-from hdovd.data.coco import ImageBoxes
+from hdovd.cache import Source
+from hdovd.data import ImageBoxes
 from hdovd.pipelines.extraction.identities import BoxTable, box_table, match_rows
 from hdovd.pipelines.proposal_files.file import Proposals
 

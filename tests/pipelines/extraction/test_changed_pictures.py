@@ -14,14 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog, Level
 from hdovd.cache.picture_files import PictureFile
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths, Exif
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, Exif, load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.extraction import extract_clip as extract_module

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from adamixer_micro import recipe as adamixer_recipe
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.extraction.config import ExtractConfig

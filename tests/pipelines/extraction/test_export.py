@@ -19,12 +19,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.schema import Level
+from hdovd.cache import Catalog, Level
 from hdovd.cache.tar_shards import TarShards
 from hdovd.cli.main import app
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig, Store
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars, import_tars

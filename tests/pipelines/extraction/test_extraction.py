@@ -18,8 +18,8 @@ import zarr
 from PIL import Image
 from torch import Tensor
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.demo.world import BASE, NOVEL

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog, Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip, prepare

@@ -13,10 +13,9 @@ import pytest
 import zarr
 from PIL import Image
 
-from hdovd.cache import store
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog, Level, store
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import ROW_ARRAYS, Level
+from hdovd.cache.schema import ROW_ARRAYS
 from hdovd.cache.store import open_folder
 from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.common.options import Precision

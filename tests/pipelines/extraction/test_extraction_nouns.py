@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import zarr
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog, Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.demo.world import NOVEL

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hdovd.cache.catalog import LABEL_WEIGHTS, Catalog, FeatureSet
+from hdovd.cache import Catalog, FeatureSet, Level, Source
+from hdovd.cache.catalog import LABEL_WEIGHTS
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level, Source
 from hdovd.config.recipe import load_recipe
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths, Split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, Split, load_protocol
 from hdovd.pipelines.cache_tools.verify import extract_command
 from hdovd.pipelines.calibration.calibrate import calibrate
 from hdovd.pipelines.calibration.config import CalibrateConfig

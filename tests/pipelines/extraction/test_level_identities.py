@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import hdovd.pipelines.extraction.identities
-from hdovd.cache.identity import KeyInputs, hash_texts, key_of
-from hdovd.cache.schema import Level
-from hdovd.data.coco import ImageBoxes
+from hdovd.cache import KeyInputs, Level, key_of
+from hdovd.cache.identity import hash_texts
+from hdovd.data import ImageBoxes
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, Shape
 from hdovd.pipelines.embedding.embedders import Pictures, embedders_of
 from hdovd.pipelines.extraction.identities import TextRows, box_table, data_inputs, level_inputs

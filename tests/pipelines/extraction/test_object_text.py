@@ -19,7 +19,7 @@ from torch import Tensor
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.identities import object_text_of

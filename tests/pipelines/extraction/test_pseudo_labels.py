@@ -12,14 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.product import Product
+from hdovd.cache import Catalog, Level, Product
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths, ImageBoxes, load_split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, ImageBoxes, load_protocol, load_split
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.dataloading.loader import Draw

@@ -25,9 +25,7 @@ from forked_extractions import Child, play
 from spread_scenes import SCENES
 from torch.distributed.run import main as torchrun
 
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.product import Product
-from hdovd.cache.schema import Level
+from hdovd.cache import Catalog, Level, Product
 from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Share
 from hdovd.pipelines.extraction.extract_clip import extract_clip, prepare

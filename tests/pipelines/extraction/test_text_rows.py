@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths, Exif
+from hdovd.data import DataPaths, Exif
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.options import Precision

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import load_split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol, load_split
 from hdovd.pipelines.dataloading.loader import Draw
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip

@@ -14,12 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from hdovd.cache.identity import hash_file
+from hdovd.cache import Level, Source, hash_file
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level, Source
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import load_split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol, load_split
 from hdovd.pipelines.cache_tools.verify import extract_command
 from hdovd.pipelines.demo.world import BASE, GROUNDS
 from hdovd.pipelines.extraction.config import ExtractConfig

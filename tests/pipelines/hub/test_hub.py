@@ -14,7 +14,7 @@ import yaml
 from command_runs import Ran
 from hub_server import READ_ONLY, TOKEN, Hub, Repository
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog
 from hdovd.cache.hub import LIST, pulled
 from hdovd.cache.identity import sealed
 from hdovd.cli.main import main

@@ -17,11 +17,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.cli.main import app
 from hdovd.core import HdovdError, counted, lines_to
-from hdovd.data.coco import DataPaths, read_instances
+from hdovd.data import DataPaths, read_instances
 from hdovd.pipelines.detection.config import DetectConfig
 from hdovd.pipelines.detection.detect import detect
 from hdovd.pipelines.label_export.config import FORMS, ExportLabelsConfig, LabelForm

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import ImageBoxes, Skips, clip_box
+from hdovd.data import ImageBoxes, Skips
+from hdovd.data.coco import clip_box
 from hdovd.pipelines.proposal_files.file import Proposals, read_table, usable_proposals, write_proposals
 
 

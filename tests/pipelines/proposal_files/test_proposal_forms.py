@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.schema import Level
+from hdovd.cache import Catalog, Level
 from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.common.options import ListOrder
 from hdovd.pipelines.proposal_files.file import (

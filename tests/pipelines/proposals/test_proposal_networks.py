@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hdovd.config.recipe import Recipe, ScheduleConfig
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths, ImageBoxes, Skips, Split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, ImageBoxes, Skips, Split, load_protocol
 from hdovd.modeling.backbones.pyramid import build_backbone
 from hdovd.pipelines.common.tensors import tensors_hash
 from hdovd.pipelines.demo.world import BASE

@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.proposal_files.file import made_by_file
 from hdovd.pipelines.proposals.networks import made_by

@@ -16,7 +16,7 @@ from propose_scenes import play
 from safetensors.torch import load_file, save_file
 
 from hdovd.config.recipe import Recipe, build_recipe
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.common.tensors import tensors_hash
 from hdovd.pipelines.proposals.config import Detector, ProposeConfig
 from hdovd.pipelines.proposals.networks import KINDS, made_by

@@ -17,12 +17,11 @@ import torch
 from audit_scenes import check_of, report_of
 from torchvision.ops import box_iou
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog, Level, Source
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level, Source
 from hdovd.core import HdovdError, Stopped, lines_to
-from hdovd.data.coco import DataPaths, ImageBoxes
+from hdovd.data import DataPaths, ImageBoxes
 from hdovd.modeling.base import build_detector
 from hdovd.modeling.boxes import combine_scores
 from hdovd.pipelines.audit.checks import Verdict

@@ -13,7 +13,7 @@ import torch
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths, Split
+from hdovd.data import DataPaths, Split
 from hdovd.modeling.losses.instance import relation_loss
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.source import cache_of, data_of_cache

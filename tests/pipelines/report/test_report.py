@@ -15,11 +15,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from hdovd.cache import Source
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Source
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import Protocol
+from hdovd.data import DataPaths, Protocol
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.report.figures import OneRun, ablation, charted

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
 from hdovd.core import HdovdError, lines_to
 from hdovd.modeling.base import build_detector

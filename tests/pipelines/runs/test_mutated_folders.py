@@ -19,9 +19,9 @@ import tomli_w
 from mutations import mutated
 from PIL import Image
 
+from hdovd.cache import Level
 from hdovd.cache.identity import SEAL, sealed
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import load_recipe
 from hdovd.core import HdovdError
 from hdovd.pipelines.cache_tools.config import CheckConfig

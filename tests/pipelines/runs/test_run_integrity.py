@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.detection.config import DetectConfig
 from hdovd.pipelines.detection.detector import Detector

@@ -12,7 +12,7 @@ import pytest
 
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.common.settings import different_keys, flat, short_names, shown_apart
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder

@@ -18,7 +18,7 @@ from forked_group import ranks
 
 from hdovd.cli.main import main
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.trackers import Tracker, tracker_class, tracking

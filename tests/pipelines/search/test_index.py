@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache import Catalog, FeatureSet, Level, Product
 from hdovd.cache.identity import table_inputs
-from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
-from hdovd.cache.schema import Level
 from hdovd.cache.writer import ProductWriter
 from hdovd.core import LOGGER, HdovdError
 from hdovd.pipelines.cache_tools.config import CheckConfig

@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache, normalised_rows
-from hdovd.cache.schema import Level
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths, Split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, Split, load_protocol
 from hdovd.pipelines.search.config import SearchConfig, weighted
 from hdovd.pipelines.search.search import opened, query_of
 

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hdovd.cache import Level, Source
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache, normalised_rows
-from hdovd.cache.schema import Level, Source
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig

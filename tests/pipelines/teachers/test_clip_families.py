@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.extraction.config import ExtractConfig

@@ -17,8 +17,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from hdovd.cache.identity import key_of
-from hdovd.cache.schema import Level
+from hdovd.cache import Level, key_of
 from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ExtractConfig
 from hdovd.pipelines.extraction.identities import TextRows

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.dataloading.loader import Dealing, TrainingBatches
 from hdovd.pipelines.training.loop import Hooks, Loop

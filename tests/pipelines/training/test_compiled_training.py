@@ -20,7 +20,7 @@ from torch._inductor import config as inductor
 
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.modeling.backbones.pyramid import build_backbone
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose

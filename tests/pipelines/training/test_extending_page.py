@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import Recipe
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 
 PAGE = Path(__file__).parents[3] / "docs" / "EXTENDING.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths, Split
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data import DataPaths, Protocol, Split, load_protocol
 from hdovd.pipelines.dataloading.loader import Draw
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars

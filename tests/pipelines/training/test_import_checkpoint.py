@@ -12,8 +12,7 @@ from torch import Tensor
 
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.modeling.base import build_detector
 from hdovd.modeling.published_weights import PUBLISHED
 from hdovd.pipelines.audit.audit import AuditConfig, audit

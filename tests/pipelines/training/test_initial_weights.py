@@ -18,8 +18,7 @@ from torch import Tensor
 
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError, Stopped, lines_to
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data import DataPaths, Protocol, load_protocol
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.ablation.ablate import AblateConfig, commands, level_keys, plan
 from hdovd.pipelines.audit.audit import AuditConfig, audit

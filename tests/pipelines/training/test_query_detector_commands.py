@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hdovd.config.recipe import PRESETS
 from hdovd.core import HdovdError, Stopped
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.pipelines.ablation.grid import cells_of
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate

@@ -20,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core import HdovdError, Stopped, lines_to
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.runs.folder import RunFolder, replace_file
 from hdovd.pipelines.runs.listing import State, read_run

@@ -17,11 +17,11 @@ import pytest
 import rtdetr_micro
 from pretended_cuda import PretendedCuda
 
+from hdovd.cache import Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core import lines_to
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.detection.detect import DetectConfig, detect
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe

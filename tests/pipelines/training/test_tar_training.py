@@ -17,13 +17,12 @@ import pytest
 import torch
 from orders import InOrder
 
+from hdovd.cache import TAR_META
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import TAR_META
 from hdovd.cache.tar_shards import TarMeta
 from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data import DataPaths, Protocol, load_protocol
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.pipelines.dataloading.loader import Dealing, Draw, Streams, TrainingBatches
 from hdovd.pipelines.extraction.config import ExtractConfig
@@ -404,8 +403,7 @@ def test_levels_that_do_not_belong_together_are_refused(
     shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     """Such a set is not exported; somebody may put one together."""
-    from hdovd.cache.identity import key_of
-    from hdovd.cache.schema import Level
+    from hdovd.cache import Level, key_of
 
     copied = Path(shutil.copytree(shards, tmp_path / "shards"))
     meta = TarMeta.from_bytes((copied / TAR_META).read_bytes(), TAR_META)

@@ -17,13 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache import Catalog, Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.demo.world import BASE, GROUNDS, NOVEL
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.runs.folder import RunFolder

@@ -15,13 +15,11 @@ import torch
 import zarr
 from PIL import Image
 
-from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache import DEFAULT_SET, Catalog, FeatureSet, Level
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import DEFAULT_SET, Level
 from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError
-from hdovd.data.coco import load_split
-from hdovd.data.protocol import load_protocol
+from hdovd.data import load_protocol, load_split
 from hdovd.pipelines.dataloading.loader import Dealing, Draw, TrainingBatches, plain_shuffle
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig

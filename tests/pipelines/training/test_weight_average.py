@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core import HdovdError
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.base import build_detector
 from hdovd.modeling.distributed import FeatureQueue

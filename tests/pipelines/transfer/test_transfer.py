@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hdovd.cli.main import app
 from hdovd.core import HdovdError, lines_to
-from hdovd.data.coco import DataPaths
+from hdovd.data import DataPaths
 from hdovd.evaluation.coco import GroundTruth
 from hdovd.pipelines.common.name_list import shipped
 from hdovd.pipelines.demo.world import BASE, NOVEL

@@ -18,9 +18,8 @@ import pytest
 from PIL import Image
 
 from hdovd.core import HdovdError, lines_to, user_cache_folder
-from hdovd.data.coco import DataPaths, Split
+from hdovd.data import DataPaths, Protocol, Split
 from hdovd.data.forms.converted import LABEL_STUDIO
-from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.images import read_pixels
 from hdovd.pipelines.common.options import data_of, validation_of
 
