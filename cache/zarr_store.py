@@ -1,7 +1,7 @@
 """The folder of an array of a cache as a Zarr store, to be read only: Zarr then has the folder's own retries, errors
 and care for forks.
 
-What is not there is an error: every part and every table is written whole, and Zarr would make up its values.
+What is not there or empty is an error: every part and every table is written whole, and Zarr would make up its values.
 """
 
 import asyncio
@@ -43,7 +43,9 @@ class FolderStore(Store):
         try:
             data = await asyncio.to_thread(self._folder.read, f"{self._prefix}/{key}", *_slice(byte_range))
         except FileNotFoundError:
-            raise HdovdError(f"{self}/{key} is missing: {REPAIR}") from None
+            data = b""
+        if not data:
+            raise HdovdError(f"{self}/{key} is missing or empty: {REPAIR}")
         return prototype.buffer.from_bytes(data)
 
     async def get_partial_values(
