@@ -4,6 +4,7 @@ in a circle.
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
 
 from house import between_rooms, circles, imports, modules, room
@@ -84,3 +85,26 @@ def test_circles_are_found() -> None:
 
 def test_no_room_is_overfull() -> None:
     assert {name: count for name, count in Counter(map(room, modules())).items() if count > MOST_MODULES} == {}
+
+
+def test_names_that_a_room_hands_out_are_taken_from_it() -> None:
+    """Where `hdovd.data` names Split, no other room says `hdovd.data.coco`."""
+    known = modules()
+    handed_out = {
+        (package, alias.name): node.module
+        for package in known
+        if package in ("hdovd.cache", "hdovd.data")
+        for node in known[package].body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {("hdovd.cache", "Level"), ("hdovd.data", "Split")} <= handed_out.keys()
+    assert [
+        f"{name}: {alias.name} of {node.module}"
+        for name, tree in known.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+        for package in [node.module.rpartition(".")[0]]
+        if room(name) != package and handed_out.get((package, alias.name)) == node.module
+    ] == []
