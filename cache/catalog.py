@@ -52,8 +52,9 @@ class FeatureSet:
 
     def to_tree(self) -> dict[str, Any]:
         """As JSON values; what older sets do not have is left out where it is empty, so that they stay the same."""
-        old = ("levels", "skipped", "made_from")
-        return {name: value for name, value in asdict(self).items() if value or name in old}
+        return {
+            name: value for name, value in asdict(self).items() if value or name in ("levels", "skipped", "made_from")
+        }
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "FeatureSet":
@@ -113,12 +114,14 @@ class Catalog:
         except FileNotFoundError:
             raise HdovdError(f"no feature cache at {url}: make one with hdovd extract-clip --cache {url}") from None
         if version != SCHEMA_VERSION:
-            advice = (
-                "it was made by a newer hdovd: update this one"
-                if version > SCHEMA_VERSION
-                else "give another --cache and extract it again, there is no older reader"
+            raise HdovdError(
+                f"{url} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: "
+                + (
+                    "it was made by a newer hdovd: update this one"
+                    if version > SCHEMA_VERSION
+                    else "give another --cache and extract it again, there is no older reader"
+                )
             )
-            raise HdovdError(f"{url} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: {advice}")
 
     @classmethod
     def find_at(cls, url: str | Path) -> "Catalog | None":
@@ -213,8 +216,7 @@ def group_objects() -> dict[str, bytes]:
 def read_run(url: str, name: str, text: bytes) -> RunRecord:
     """The run of the object `name`, with text `text`. Raises HdovdError if it is damaged."""
     with naming_damage(f"{url}/{name}", "delete it; the cache then knows nothing of that run"):
-        tree = json.loads(text)
-        require_seal(tree)
+        tree = require_seal(json.loads(text))
         run = RunRecord(str(tree["path"]), _levels(tree))
         if run.file != name:
             raise ValueError(f"it is the record of {run.path}, whose name is {run.file}")
@@ -240,9 +242,7 @@ def read_set(folder: Folder, name: str) -> FeatureSet:
     with naming_damage(
         f"{folder.url}/{name}", "hdovd cache verify --repair, then its hdovd extract-clip command, write it again"
     ):
-        tree = json.loads(folder.read(name))
-        require_seal(tree)
-        return FeatureSet.from_tree(tree)
+        return FeatureSet.from_tree(require_seal(json.loads(folder.read(name))))
 
 
 def is_tar_form(url: str | Path) -> bool:

@@ -128,9 +128,11 @@ def _listed(file: Path, url: Path | str) -> dict[str, str]:
                 f"{url} was pushed by a newer hdovd (format {tree['format']}, not {FORMAT}): update this one"
             )
         files = {str(name): str(known) for name, known in tree["files"].items()}
-        outside = [name for name in files if {"", ".", ".."}.intersection(name.split("/")) or "\0" in name]
-        unknown = [known for known in files.values() if not re.fullmatch("[0-9a-f]{64}", known)]
-        if outside or unknown or tree[SEAL] != sealed(tree)[SEAL]:
+        if (
+            any({"", ".", ".."}.intersection(name.split("/")) or "\0" in name for name in files)  # out of the folder
+            or not all(re.fullmatch("[0-9a-f]{64}", known) for known in files.values())
+            or tree[SEAL] != sealed(tree)[SEAL]
+        ):
             raise ValueError(SEAL)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise HdovdError(f"{url}: its {LIST} is damaged, or was changed since it was pushed: push it again") from None

@@ -33,10 +33,13 @@ def sealed(tree: KeyInputs) -> KeyInputs:
     return rest | {SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
-def require_seal(tree: KeyInputs) -> None:
-    """Raises ValueError if values are not those that were sealed; those of older versions have no seal, and pass."""
+def require_seal(tree: KeyInputs) -> KeyInputs:
+    """The same. Raises ValueError if values are not those that were sealed; those of older versions have no seal, and
+    pass.
+    """
     if SEAL in tree and tree[SEAL] != sealed(tree)[SEAL]:
         raise ValueError("its checksum is another one: it was changed since it was written")
+    return tree
 
 
 def hash_tables(tables: Iterable[np.ndarray]) -> str:

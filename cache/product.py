@@ -81,8 +81,11 @@ class Product:
 
     def recorded(self) -> dict[str, int | str]:
         """Finished parts, by number or TABLES, by the object that records them; no index."""
-        found = recorded_parts(self.folder, self.prefix)
-        return {name: part for part, name in found.items() if isinstance(part, int) or part == TABLES}
+        return {
+            name: part
+            for part, name in recorded_parts(self.folder, self.prefix).items()
+            if isinstance(part, int) or part == TABLES
+        }
 
     def finished(self) -> set[int]:
         """The parts that are done."""
@@ -201,11 +204,11 @@ def parse_record(text: bytes) -> dict[str, Any]:
     ValueError, KeyError, TypeError or AttributeError if it is none.
     """
     record: dict[str, Any] = json.loads(text)
-    sound = all(
-        isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in record["objects"].values()
-    )
-    if not sound or not all(
-        int(image) is not None and isinstance(reason, str) for image, reason in record["failed"].items()
+    if not (
+        all(
+            isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in record["objects"].values()
+        )
+        and all(int(image) is not None and isinstance(reason, str) for image, reason in record["failed"].items())
     ):
         raise ValueError("an object without its size and checksum, or an image without its reason")
     return record

@@ -111,9 +111,8 @@ class FeatureCache:
 
     def identity(self) -> dict[str, Any]:
         """Keys and inputs of all levels, for a run's record."""
-        url = self.url if "://" in self.url else str(Path(self.url).resolve())
         return {
-            "path": url,
+            "path": self.url if "://" in self.url else str(Path(self.url).resolve()),
             "levels": {
                 str(level): {"key": self.key(level), "inputs": self.key_inputs(level)} for level in self.levels()
             },
@@ -325,10 +324,14 @@ def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:
             for line in differences(inputs[Level.INSTANCE]["boxes"], inputs[Level.BOXES]["boxes"], "boxes.")
         ]
     labels = inputs.get(Level.PSEUDO_LABEL, {})
-    for level in (Level.INSTANCE, Level.NOUN) if labels else ():
-        have = key_of(inputs[level]) if level in inputs else "none"
-        if labels[level] != have:
-            lines.append(f"pseudo_label and {level}: it was made from {labels[level]}, the set has {have}")
+    have = {
+        level: key_of(inputs[level]) if level in inputs else "none" for level in (Level.INSTANCE, Level.NOUN) if labels
+    }
+    lines += [
+        f"pseudo_label and {level}: it was made from {labels[level]}, the set has {key}"
+        for level, key in have.items()
+        if labels[level] != key
+    ]
     if lines:
         raise HdovdError(f"{url}: these levels cannot be used together:\n  " + "\n  ".join(lines))
 

@@ -482,8 +482,11 @@ def _tried(tries: int, call: Callable[..., Any], *words: Any, **options: Any) ->
         try:
             return call(*words, **options)
         except Exception as error:
-            broke_off = type(error).__name__ in ("ResponseStreamingError", "IncompleteReadError")
-            broke_off = broke_off or type(error).__module__.startswith("aiohttp") or isinstance(error, TimeoutError)
+            broke_off = (
+                type(error).__name__ in ("ResponseStreamingError", "IncompleteReadError")
+                or type(error).__module__.startswith("aiohttp")
+                or isinstance(error, TimeoutError)
+            )
             if trial == tries or not broke_off:
                 raise
         time.sleep(0.05 * 2**trial)

@@ -34,7 +34,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
@@ -157,9 +157,8 @@ class TarMeta:
 
     def check_rows(self, where: str) -> None:
         """Raises HdovdError if the embeddings that stand here are not finite, or not of norm one."""
-        for level in TEXTS:
-            if level in self.products:
-                require_unit(self.tensors[level], f"{where}: {level}")
+        for level in (level for level in TEXTS if level in self.products):
+            require_unit(self.tensors[level], f"{where}: {level}")
 
     def identity(self) -> dict[str, Any]:
         """What decides on the bytes of the shards."""
@@ -256,11 +255,10 @@ class TarSample:
         """Its files by extension, in their order."""
         files = {} if self.picture is None else {_extension(self.about["file_name"]): self.picture}
         files["json"] = json.dumps({**self.about, "picture": next(iter(files), None)}).encode()
-        for name in MEMBERS:
-            if name in self.arrays:
-                file, array = io.BytesIO(), np.ascontiguousarray(self.arrays[name], DTYPES[name])
-                np.lib.format.write_array(file, array, (1, 0), allow_pickle=False)
-                files[f"{name}.npy"] = file.getvalue()
+        for name in (name for name in MEMBERS if name in self.arrays):
+            file, array = io.BytesIO(), np.ascontiguousarray(self.arrays[name], DTYPES[name])
+            np.lib.format.write_array(file, array, (1, 0), allow_pickle=False)
+            files[f"{name}.npy"] = file.getvalue()
         return files
 
 
@@ -313,8 +311,7 @@ class TarShards:
         self.numbers = (
             list(everything.values()) if names is None else [everything[name] for name in dict.fromkeys(names)]
         )
-        missing = [_name(number, "tar") for number in unfinished_shards(self._folder, self.numbers)] if whole else []
-        if missing:
+        if whole and (missing := [_name(number, "tar") for number in unfinished_shards(self._folder, self.numbers)]):
             raise HdovdError(
                 f"{root}: not there, or not as long as written: {len(missing)} of {len(self.numbers)} shards "
                 f"({shorten([*missing])}). Run the export again, it goes on where it was; or copy them again"
@@ -469,13 +466,9 @@ def unfinished_shards(folder: Folder, numbers: Sequence[int]) -> list[int]:
     """Shards that have no record, or another size than it says."""
     sizes = folder.sizes("")
     recorded = [number for number in numbers if _name(number, "json") in sizes]
-    records = [_parse(text) for text in folder.read_many([_name(number, "json") for number in recorded])]
-    whole = {
-        number
-        for number, record in zip(recorded, records, strict=True)
-        if sizes.get(_name(number, "tar")) == record.get("bytes")
-    }
-    return [number for number in numbers if number not in whole]
+    texts = folder.read_many([_name(number, "json") for number in recorded])
+    bytes_of = {number: _parse(text).get("bytes") for number, text in zip(recorded, texts, strict=True)}
+    return [n for n in numbers if n not in bytes_of or sizes.get(_name(n, "tar")) != bytes_of[n]]
 
 
 def forget_shard(folder: Folder, number: int) -> None:
@@ -505,11 +498,9 @@ def _name(number: int, ending: str) -> str:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except ValueError:  # a damaged record records nothing
-        record = None
-    return record if isinstance(record, dict) else {}
+    with suppress(ValueError, TypeError):  # a damaged record records nothing
+        return {**json.loads(text)}
+    return {}
 
 
 @contextmanager
@@ -528,8 +519,7 @@ def _reading(url: str) -> Iterator[None]:
 
 def _open(folder: Folder, name: str) -> IO[bytes]:
     """An object as a stream."""
-    path = folder.path(name)
-    if path is not None:
+    if path := folder.path(name):
         return path.open("rb")
     from fsspec.core import url_to_fs
 

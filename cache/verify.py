@@ -209,8 +209,7 @@ def check_rows(product: Product, part: int, failed: set[int]) -> Iterator[Findin
         _label_checks(product, part) if product.level is Level.PSEUDO_LABEL else _norm_checks(product, part, failed)
     )
     for array, wrong, expected, values in checks:
-        rows = np.flatnonzero(wrong)
-        if len(rows):
+        if len(rows := np.flatnonzero(wrong)):
             where = name_rows(product, rows + product.rows_of(part)[0])
             yield Finding(product.row_objects(part)[array], expected, str(np.round(values[rows[0]], 4)), where=where)
 
@@ -344,8 +343,7 @@ class ProductCheck:
             size = listed.get(path, 0)
             self.checked.bytes += size
             if size != entry["bytes"] or path not in listed:
-                found = str(listed.get(path, "no such object"))
-                self._add([Finding(name, f"{entry['bytes']} bytes", found)], part)
+                self._add([Finding(name, f"{entry['bytes']} bytes", str(listed.get(path, "no such object")))], part)
             elif (sha256 := self.folder.sha256(path)) != entry["sha256"]:
                 self._add([Finding(name, f"sha256 {entry['sha256'][:16]}...", f"{sha256[:16]}...")], part)
             self.on_bytes(size)

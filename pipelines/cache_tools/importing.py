@@ -253,8 +253,7 @@ def _image_row(value: Any, what: str) -> np.ndarray:
 def _unit(rows: np.ndarray, what: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
-    if len(bad):
+    if len(bad := np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))):
         raise Unfit(
             f"{what}: {len(bad)} of {len(rows)} rows cannot be normalised: zero or not finite (rows {shorten([*bad])})"
         )
@@ -279,9 +278,11 @@ def import_features(config: ImportConfig) -> FeatureSet:
     config.check()
     protocol = load_protocol(config.protocol)
     split = config.data.load("train2017", protocol, base_only=True)
-    read: Read = partial(read_oadp, Path(config.source))
-    if config.proposals is not None:  # of this format alone
-        read = partial(read_hd_ovd, Path(config.source), config.proposals)
+    read: Read = (
+        partial(read_oadp, Path(config.source))
+        if config.proposals is None  # they are of the other format alone
+        else partial(read_hd_ovd, Path(config.source), config.proposals)
+    )
     found = _Survey(config, split, read)
     catalog = Catalog.create(config.cache)
     writers = _begin(config, found, catalog)
@@ -442,11 +443,15 @@ def _write_classes(
             f"--clip {named} embeds in {clip.dim} values, {config.source} holds {dim}: it is not the CLIP that was used"
         )
     texts = TextRows(names)
-    inputs = texts.inputs(clip, config.templates) | _origin(config)
     writer = ProductWriter.begin(
         catalog.folder,
         Level.CLASS,
-        {"schema_version": SCHEMA_VERSION, "text_clip": clip.identity, **inputs},
+        {
+            "schema_version": SCHEMA_VERSION,
+            "text_clip": clip.identity,
+            **texts.inputs(clip, config.templates),
+            **_origin(config),
+        },
         rows=len(names),
         part_rows=CHUNK_ROWS,
         dim=dim,

@@ -55,8 +55,9 @@ def inventory(folder: Folder, users: dict[tuple[Level, str], list[str]]) -> list
             if any(str(part).startswith(INDEX) for part in records) and index_part(product)[0] in records:
                 state += ", indexed"  # not by an index of earlier rows
         began = folder.modified([*listed][-1])  # of its metadata, the last by name, or what there is without them
-        its_users = tuple(users.get((level, key), ()))
-        entries.append(Entry(level, key, product, sum(listed.values()), state, began, its_users))
+        entries.append(
+            Entry(level, key, product, sum(listed.values()), state, began, tuple(users.get((level, key), ())))
+        )
     return sorted(entries, key=lambda e: (list(Level).index(e.level), e.began))
 
 
@@ -100,11 +101,9 @@ def delete_garbage(
     left = _grown(busy, doomed)
     if without_set is not None:
         catalog.delete_set(without_set)
-    for entry in doomed:
-        if entry not in left:
-            prefix = f"{entry.level}/{entry.key}"
-            catalog.folder.delete(f"{prefix}/parts")  # first: without records nobody takes the rest for whole
-            catalog.folder.delete(prefix)
+    for prefix in [f"{entry.level}/{entry.key}" for entry in doomed if entry not in left]:
+        catalog.folder.delete(f"{prefix}/parts")  # first: without records nobody takes the rest for whole
+        catalog.folder.delete(prefix)
     for run in garbage.runs:
         catalog.folder.delete(run.file)
     catalog.folder.sweep()
@@ -134,10 +133,8 @@ def _together(a: Entry, b: Entry) -> bool:
         return False
     one, other = a.product.attributes["key_inputs"], b.product.attributes["key_inputs"]
     same = [one[name] == other[name] for name in TOGETHER if name in one and name in other]
-    named = (
-        one.get(b.level) == b.key or other.get(a.level) == a.key
-    )  # pseudo labels name the products that they were made from
-    return named or (bool(same) and all(same))
+    # pseudo labels name the products that they were made from
+    return one.get(b.level) == b.key or other.get(a.level) == a.key or (bool(same) and all(same))
 
 
 LEAST_PREFIX = 4  # characters of a key
@@ -183,11 +180,13 @@ def product_lines(catalog: Catalog) -> list[str]:
         return [f"{catalog.folder.url} is empty: hdovd extract-clip --cache {catalog.folder.url} fills it", *note]
     users_of = [[user if user.startswith("set ") else f"run {Path(user).name}" for user in e.users] for e in entries]
     cells = [(*_cells(entry), shorten(of, 4) or "-") for entry, of in zip(entries, users_of, strict=True)]
-    lines = table_lines((*HEAD, "used by"), cells, NUMBERS)
     unfinished = sum(not entry.state.startswith(("whole", "damaged")) for entry in entries)
-    total = size(sum(entry.size for entry in entries))
-    lines.append(f"{counted(len(entries), 'product')}{f' ({unfinished} not finished)' if unfinished else ''}, {total}")
-    return lines + note
+    return [
+        *table_lines((*HEAD, "used by"), cells, NUMBERS),
+        f"{counted(len(entries), 'product')}{f' ({unfinished} not finished)' if unfinished else ''}, "
+        f"{size(sum(entry.size for entry in entries))}",
+        *note,
+    ]
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:
@@ -262,7 +261,6 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
     lines += ['text embedding of "object": ' + ("there" if features.object_text else f"none{adds}")]
     if features.label_weights:
         lines += ["weight of pseudo labels, fitted to those of base boxes", *pair_lines(features.label_weights)]
-    lines += Skips(features.skipped).lines() or ["skipped: nothing"]
     failed = {
         image: reason
         for entry in mine
@@ -272,6 +270,7 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
     runs = [run for run in catalog.runs() if set(run.levels.items()) & set(features.levels.items())]
     return [
         *lines,
+        *(Skips(features.skipped).lines() or ["skipped: nothing"]),
         *_failed_lines(failed),
         f"runs that use it: {len(runs) or 'none'}",
         *(f"  {run.path}{'' if run.is_there else ' (gone)'}" for run in runs),
@@ -279,13 +278,13 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
 
 
 def _product_lines(entry: Entry, product: Product) -> list[str]:
-    parts = (
-        f", {counted(product.parts, 'part')} of at most {product.part_rows:,d} rows"
-        if product.parts
-        else ", tables alone"
-    )
     values = {
-        "state": entry.state + parts,
+        "state": f"{entry.state}, "
+        + (
+            f"{counted(product.parts, 'part')} of at most {product.part_rows:,d} rows"
+            if product.parts
+            else "tables alone"
+        ),
         "rows": f"{product.rows:,d}" + (f" of {product.dim} values" if product.dim else ""),
         "size": size(entry.size),
         "model": ", ".join(_model(entry)),
@@ -380,8 +379,10 @@ def garbage_lines(garbage: Garbage) -> list[str]:
         if entries:
             lines += [head, *(f"  {line}" for line in table_lines(HEAD, [*map(_cells, entries)], NUMBERS))]
     if garbage.partial:
-        total = size(sum(garbage.partial.values()))
-        lines.append(f"half-written by processes that are dead: {counted(len(garbage.partial), 'file')}, {total}")
+        lines.append(
+            f"half-written by processes that are dead: {counted(len(garbage.partial), 'file')}, "
+            f"{size(sum(garbage.partial.values()))}"
+        )
     if garbage.runs:
         lines += ["records of runs whose folder is gone", *(f"  {run.path}" for run in garbage.runs)]
     return lines

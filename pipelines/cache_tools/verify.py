@@ -48,7 +48,7 @@ BATCH_ROWS = 64
 GONE = ImageBoxes(-1, "", 1, 1, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-def _tell(report: Checked, findings: Sequence[Finding]) -> None:
+def _tell(report: Checked, *findings: Finding) -> None:
     """Keep and print them."""
     report.findings += findings
     log(*map(str, findings))
@@ -91,15 +91,17 @@ def _sample(config: CheckConfig, features: FeatureSet, split: Split, clip: Teach
         low, parts = cosines < LEAST_COSINE, rows // product.part_rows
         for part in np.unique(parts[low]).tolist():
             mine = low & (parts == part)
-            finding = Finding(
-                f"{product.prefix}/{product.row_objects(part)['embedding']}",
-                f"a cosine of {LEAST_COSINE} or more with the CLIP's answer",
-                f"{cosines[mine].min():.4f} at the least",
-                (level, key),
-                part,
-                name_rows(product, rows[mine]),
+            _tell(
+                report,
+                Finding(
+                    f"{product.prefix}/{product.row_objects(part)['embedding']}",
+                    f"a cosine of {LEAST_COSINE} or more with the CLIP's answer",
+                    f"{cosines[mine].min():.4f} at the least",
+                    (level, key),
+                    part,
+                    name_rows(product, rows[mine]),
+                ),
             )
-            _tell(report, [finding])
 
 
 def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
@@ -111,9 +113,9 @@ def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
     inputs, table = product.key_inputs, product.table
     by_id = {image.id: image for image in split.images}
     images = [by_id.get(image_id, GONE) for image_id in table("image_id").tolist()]
-    offset, box = np.zeros(1), np.zeros((0, 4))
-    if product.level is Level.INSTANCE:
-        offset, box = table("offset"), table("box")
+    offset, box = (
+        (table("offset"), table("box")) if product.level is Level.INSTANCE else (np.zeros(1), np.zeros((0, 4)))
+    )
     pictures = Pictures(images, split.path, offset, box, split.exif)
     embedder = embedders_of(teacher, pictures, recipe_of(inputs))[product.level]
     if "weights_sha256" in inputs["clip"]:
@@ -198,7 +200,7 @@ def _check_folder(config: CheckConfig, report: Checked, teacher: Teacher | None)
         raise HdovdError(
             f"{config.cache} has no set of features named {config.features}; it has {', '.join(sets) or 'none'}"
         )
-    _tell(report, more)
+    _tell(report, *more)
     looked_at = {name: features for name, features in sets.items() if config.features in (None, name)}
     needed = {product: f"set {name}" for name, features in looked_at.items() for product in features.levels.items()}
     wanted = list(dict.fromkeys([*(product_names(folder) if config.features is None else ()), *needed]))
@@ -208,12 +210,12 @@ def _check_folder(config: CheckConfig, report: Checked, teacher: Teacher | None)
         for product in wanted:
             findings = ProductCheck(folder, product, needed.get(product, ""), report, bar.update).run()
             bar.clear()
-            _tell(report, findings)
+            _tell(report, *findings)
     damaged = {finding.product for finding in report.findings}
     are_read = not any(one.place in group_objects() or one.place.startswith("sets/") for one in more)
     for name, features in looked_at.items():
         if are_read and damaged.isdisjoint(features.levels.items()):
-            _tell(report, check_set(folder, name, features))
+            _tell(report, *check_set(folder, name, features))
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
         _check_pictures(config, name, features, report, teacher)
     log(
@@ -259,14 +261,12 @@ def _check_pictures(
     if changed := picture_hashes(split, sound).changed:
         _tell(
             report,
-            [
-                Finding(
-                    str(split.folder),
-                    f"the pictures that set {name} was made from",
-                    f"{len(changed)} of another content, which extract-clip embeds again",
-                    where=f"images {shorten(changed)}",
-                )
-            ],
+            Finding(
+                str(split.folder),
+                f"the pictures that set {name} was made from",
+                f"{len(changed)} of another content, which extract-clip embeds again",
+                where=f"images {shorten(changed)}",
+            ),
         )
     if config.sample and teacher is not None:
         _sample(config, features, split, teacher, report)
@@ -283,7 +283,7 @@ def _check_shards(config: CheckConfig, report: Checked) -> None:
         try:
             check()
         except HdovdError as error:
-            _tell(report, [Finding(place, "what was exported", str(error))])
+            _tell(report, Finding(place, "what was exported", str(error)))
     log(
         f"checked {counted(len(shards.numbers), 'tar shard')} of {shards.images:,d} images: every file, by checksum "
         f"and by value"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -199,8 +199,7 @@ class Packed(Generic[Batch]):
 
     def unpack(self) -> Batch:
         """The batch. Its tensors are views that keep the whole buffer alive; clone what outlives the batch."""
-        batch: Batch = _Unpickler(self).load()
-        return batch
+        return cast(Batch, _Unpickler(self).load())
 
     def pin_memory(self) -> "Packed[Batch]":
         """The same in page-locked memory; the DataLoader calls it."""
@@ -228,8 +227,12 @@ class _Pickler(pickle.Pickler):
         self.size, self.places, self.sources = 0, list[Place](), list[Tensor]()
 
     def persistent_id(self, value: Any) -> int | None:
-        plain = type(value) is Tensor and value.device.type == "cpu" and value.layout == torch.strided
-        if not plain or value.is_quantized:
+        if (
+            type(value) is not Tensor
+            or value.device.type != "cpu"
+            or value.layout != torch.strided
+            or value.is_quantized
+        ):
             return None
         self.places.append((self.size, value.shape, value.dtype))
         self.sources.append(value)

@@ -41,11 +41,13 @@ def push(config: PushConfig) -> str:
         api, ours = client.HfApi(), {*FILES, *OF_CACHE}
         api.create_repo(repo, private=not config.public, exist_ok=True, **options)
         changes = [
-            client.CommitOperationDelete(name)
-            for name in api.list_repo_files(repo, **options)
-            if name.split("/")[0] in ours and name not in files
+            *(
+                client.CommitOperationDelete(name)
+                for name in api.list_repo_files(repo, **options)
+                if name.split("/")[0] in ours and name not in files
+            ),
+            *(client.CommitOperationAdd(name, content) for name, content in written.items()),
         ]
-        changes += [client.CommitOperationAdd(name, content) for name, content in written.items()]
         done = api.create_commit(repo, changes, commit_message=f"hdovd push: {config.kind}", **options)
     log(f"pushed {config.source}: {config.to}, or for good {config.to}@{done.oid}")
     return str(done.oid)
@@ -105,9 +107,9 @@ def card(config: PushConfig) -> str:
         lstrip_blocks=True,
         loader=jinja2.PackageLoader("hdovd", "pipelines/pages"),
     )
-    environment.filters["ap"] = ap
     return environment.get_template("card.md").render(
         about,
+        ap=ap,
         repo=repository(config.to)[0],
         url=config.to,
         license=config.license,

@@ -225,8 +225,10 @@ class Site:
 
     async def page(self, _: Request) -> Response:
         nonce, config = secrets.token_urlsafe(16), self.config
-        text = page("serve.html", {"nonce": nonce, "mix": DEFAULT_MIX, "config": config})
-        return HTMLResponse(text, headers={"Content-Security-Policy": POLICY.format(nonce)})
+        return HTMLResponse(
+            page("serve.html", {"nonce": nonce, "mix": DEFAULT_MIX, "config": config}),
+            headers={"Content-Security-Policy": POLICY.format(nonce)},
+        )
 
     async def pictured(self, answer: Callable[[int], Answer], request: Request) -> Response:
         return await self.queued(partial(answer, request.path_params["image_id"]))
