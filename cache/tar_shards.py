@@ -157,8 +157,9 @@ class TarMeta:
 
     def check_rows(self, where: str) -> None:
         """Raises HdovdError if the embeddings that stand here are not finite, or not of norm one."""
-        for level in (level for level in TEXTS if level in self.products):
-            require_unit(self.tensors[level], f"{where}: {level}")
+        for level in TEXTS:
+            if level in self.products:
+                require_unit(self.tensors[level], f"{where}: {level}")
 
     def identity(self) -> dict[str, Any]:
         """What decides on the bytes of the shards."""
@@ -255,10 +256,11 @@ class TarSample:
         """Its files by extension, in their order."""
         files = {} if self.picture is None else {_extension(self.about["file_name"]): self.picture}
         files["json"] = json.dumps({**self.about, "picture": next(iter(files), None)}).encode()
-        for name in (name for name in MEMBERS if name in self.arrays):
-            file, array = io.BytesIO(), np.ascontiguousarray(self.arrays[name], DTYPES[name])
-            np.lib.format.write_array(file, array, (1, 0), allow_pickle=False)
-            files[f"{name}.npy"] = file.getvalue()
+        for name in MEMBERS:
+            if name in self.arrays:
+                file, array = io.BytesIO(), np.ascontiguousarray(self.arrays[name], DTYPES[name])
+                np.lib.format.write_array(file, array, (1, 0), allow_pickle=False)
+                files[f"{name}.npy"] = file.getvalue()
         return files
 
 
