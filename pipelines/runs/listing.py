@@ -16,8 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from hdovd.cache import require_seal
-from hdovd.cache.hub import local_run
+from hdovd.cache import local_run, require_seal
 from hdovd.core import HdovdError, counted
 from hdovd.data import GROUPS, METRICS
 from hdovd.pipelines.common.settings import (

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from hdovd.cache import Catalog, is_tar_form
-from hdovd.cache.hub import is_hub
+from hdovd.cache import Catalog, is_hub, is_tar_form
 from hdovd.core import HdovdError
 from hdovd.data import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdovd.cache import differences
-from hdovd.cache.hub import local_run
+from hdovd.cache import differences, local_run
 from hdovd.config.recipe import Recipe, load_recipe, outside_code
 from hdovd.core import HdovdError, log, shorten
 from hdovd.data import Protocol, load_protocol
