@@ -3,7 +3,18 @@ by `reader` and `tar_shards`, and go by `writer`.
 """
 
 from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, FeatureSet, RunRecord, is_set_name, is_tar_form
-from hdovd.cache.identity import KeyInputs, differences, hash_file, hash_tables, key_of, require_same, require_seal
+from hdovd.cache.hub import is_hub, local_run
+from hdovd.cache.identity import (
+    SEAL,
+    KeyInputs,
+    differences,
+    hash_file,
+    hash_tables,
+    key_of,
+    require_same,
+    require_seal,
+    sealed,
+)
 from hdovd.cache.product import Product
 from hdovd.cache.schema import (
     CHUNK_ROWS,
@@ -28,6 +39,7 @@ __all__ = [
     "INDEX",
     "PART_ROWS",
     "SCHEMA_VERSION",
+    "SEAL",
     "SET_NAME_TOLD",
     "TABLES",
     "TABLE_ARRAYS",
@@ -43,10 +55,13 @@ __all__ = [
     "differences",
     "hash_file",
     "hash_tables",
+    "is_hub",
     "is_set_name",
     "is_tar_form",
     "key_of",
+    "local_run",
     "require_same",
     "require_seal",
     "row_arrays",
+    "sealed",
 ]

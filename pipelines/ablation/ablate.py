@@ -120,8 +120,11 @@ def plan(config: AblateConfig) -> list[Planned]:
 
 def level_keys(config: AblateConfig) -> dict[str, Any]:
     """The keys of the levels that all runs read, as the record of a run has them. Raises HdovdError."""
-    tar = is_tar_form(config.cache)
-    features = TarShards(str(config.cache)).meta.features if tar else FeatureCache(config.cache, config.features).set
+    features = (
+        TarShards(str(config.cache)).meta.features
+        if is_tar_form(config.cache)
+        else FeatureCache(config.cache, config.features).set
+    )
     return {str(level): {"key": key} for level, key in features.levels.items()}
 
 
@@ -163,14 +166,16 @@ def commands(planned: Planned, config: AblateConfig) -> tuple[tuple[str, ...], .
         "--init": config.init,
     }
     settings = (*config.settings, *planned.cell.settings, f"train.seed={planned.seed}")
-    train = (
-        *(*hdovd, "train", "--resume", "--val-every", "0", *device, *_words(options)),
-        *(() if is_tar_form(config.cache) else _data_words(config.data)),
-        *(word for setting in settings for word in ("--set", setting)),
-        *(("--oracle",) if planned.cell.arm == ORACLE else ()),
-    )
-    evaluate = (*hdovd, "eval", str(planned.path), *_data_words(config.validation or config.data), *device)
-    return tuple({"train": train, "eval": evaluate}[stage] for stage in planned.left)
+    lines = {
+        "train": (
+            *(*hdovd, "train", "--resume", "--val-every", "0", *device, *_words(options)),
+            *(() if is_tar_form(config.cache) else _data_words(config.data)),
+            *(word for setting in settings for word in ("--set", setting)),
+            *(("--oracle",) if planned.cell.arm == ORACLE else ()),
+        ),
+        "eval": (*hdovd, "eval", str(planned.path), *_data_words(config.validation or config.data), *device),
+    }
+    return tuple(lines[stage] for stage in planned.left)
 
 
 def _data_words(data: DataPaths) -> list[str]:

@@ -208,16 +208,6 @@ def _judging(
     """
     targets = [part.targets(image) for part, image in images]
     judged = [set(np.flatnonzero(every | np.asarray(t.judged)).tolist()) for t in targets]
-    pictures = [
-        {
-            "id": number,
-            "file_name": str(part.split.path(image).resolve()).lstrip("/"),
-            "width": image.width,
-            "height": image.height,
-            "neg_category_ids": sorted(known - {*own.labels.tolist()}),
-        }
-        for number, ((part, image), own, known) in enumerate(zip(images, targets, judged, strict=True))
-    ]
     boxes = [
         {"image_id": number, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0]}
         for number, (own, known) in enumerate(zip(targets, judged, strict=True))
@@ -225,7 +215,16 @@ def _judging(
         if label in known  # boxes that the run taught say nothing beside earlier pictures
     ]
     tree = {
-        "images": pictures,
+        "images": [
+            {
+                "id": number,
+                "file_name": str(part.split.path(image).resolve()).lstrip("/"),
+                "width": image.width,
+                "height": image.height,
+                "neg_category_ids": sorted(known - {*own.labels.tolist()}),
+            }
+            for number, ((part, image), own, known) in enumerate(zip(images, targets, judged, strict=True))
+        ],
         "annotations": [{"id": number, **box} for number, box in enumerate(boxes)],
         "categories": [{"id": label, "name": name} for label, name in enumerate(data.base)],
     }
@@ -307,8 +306,7 @@ def _mix(
         if kept and (reached := (found["new"] or 0, one)) > best:
             best = reached
             new.save_model(model)
-    for name in ("metrics.json", "detections.json"):  # of other weights
-        (new.path / name).unlink(missing_ok=True)
+    new.remove("metrics.json", "detections.json")  # of other weights
     trained_on = f", {len(data.judging)} of which were trained on" if data.few else ""
     log(
         f"the weights of {new.path} are {best[1]:g} new and {1 - best[1]:g} of RUN, by {len(judging)} pictures"

@@ -203,8 +203,7 @@ def with_reliability(
 
 
 def _record(recipe: Recipe, source: str, **about: Any) -> dict[str, Any]:
-    values = zip(VALUES, recipe.pseudo_boxes.reliability, strict=True)
-    return {"reliability": {**dict(values), "source": source, **about}}
+    return {"reliability": dict(zip(VALUES, recipe.pseudo_boxes.reliability, strict=True), source=source, **about)}
 
 
 def _without(tree: KeyInputs, left_out: Collection[str]) -> KeyInputs:

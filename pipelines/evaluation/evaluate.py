@@ -120,14 +120,15 @@ class Validation:
         """Detections in the split's order, with both scores and split-blind; None for the latter if there is one score
         alone. As `run`, with texts on the device.
         """
-        devices = (
-            [self.device] if self.device.type == "cuda" else []
-        )  # whose generators are kept: a DataLoader draws its seed
         is_novel = torch.arange(len(self.protocol.names), device=self.device) >= len(self.protocol.base)
         ordered = Mapped([self.split.images[k] for k in self._order], partial(read_pixels, self.split))
         batches = Batches(ordered, self.batch_size, self.workers, device=self.device)
         combined, blind = list[Detections](), list[Detections]()
-        with _evaluating(model), torch.random.fork_rng(devices), inference_autocast(self.device, model.recipe):
+        with (
+            _evaluating(model),
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),  # a DataLoader draws its seed
+            inference_autocast(self.device, model.recipe),
+        ):
             for pictures in progress(batches, "eval", "batch", len(batches)):
                 predictions = model.predict([picture.to(self.device, non_blocking=True) for picture in pictures], texts)
                 combined += detect_batch(predictions, is_novel, model.recipe.inference)
@@ -198,11 +199,12 @@ def evaluate(job: EvalConfig) -> EvalResult:
         )
     result = evaluate_by(job, protocol, run.class_embeddings(), run.path)
     if job.track:
-        step = max((entry["step"] for entry in run.entries()), default=0)
-        ap = {f"eval_{group}": value for group, value in result.combined.summary()[protocol.metric].items()}
+        entry = {"step": max((logged["step"] for logged in run.entries()), default=0)} | {
+            f"eval_{group}": value for group, value in result.combined.summary()[protocol.metric].items()
+        }
         with tracking(run, job.track) as tracked:
             for name in tracked.trackers:
-                tracked.send({"step": step, **ap}, name)
+                tracked.send(entry, name)
     return result
 
 
@@ -246,8 +248,7 @@ def evaluate_by(job: EvalConfig, protocol: Protocol, texts: Tensor, out: Path) -
     write_text(files[0], json.dumps(metrics, indent=1))
     if run.saw_novel and protocol.base:
         log(f"oracle: boxes of novel classes were trained on; this AP is {UPPER_BOUND}")
-    if job.pictures:
-        files += draw_detections(split, found.detections, protocol, out / "pictures", job.pictures)
+    files += draw_detections(split, found.detections, protocol, out / "pictures", job.pictures)
     return EvalResult(found.detections, combined, blind, errors, alpha, beta, files)
 
 
@@ -292,21 +293,21 @@ def result_table(result: EvalResult) -> str:
     protocol = result.combined.protocol
     groups = shown_groups(protocol)
     wide = max(8, *(len(group) + 2 for group in groups))
-    lines = [
-        f"protocol {protocol.name}: {len(protocol.base)} base and {len(protocol.novel)} novel classes in one run, "
-        f"{len(result.detections)} images, AP in percent",
-        f"{'':34s}{'AP50':>{wide * len(groups) - 2}s}{'AP':>{wide * len(groups)}s}",
-        f"{'':34s}" + "".join(f"{g:>{wide}s}" for g in groups * 2),
-    ]
     combined = (
         f"combined (a={result.alpha:g}, b={result.beta:g})"
         if result.alpha or result.beta
         else "classification score alone"
     )
     rows = {combined: result.combined.summary(), "split-blind (a=b=0)": result.split_blind.summary()}
-    lines += [
-        f"{name:34s}" + "".join(f"{ap_text(ap[kind][g]):>{wide}s}" for kind in ("ap50", "ap") for g in groups)
-        for name, ap in rows.items()
+    lines = [
+        f"protocol {protocol.name}: {len(protocol.base)} base and {len(protocol.novel)} novel classes in one run, "
+        f"{len(result.detections)} images, AP in percent",
+        f"{'':34s}{'AP50':>{wide * len(groups) - 2}s}{'AP':>{wide * len(groups)}s}",
+        f"{'':34s}" + "".join(f"{g:>{wide}s}" for g in groups * 2),
+        *(
+            f"{name:34s}" + "".join(f"{ap_text(ap[kind][g]):>{wide}s}" for kind in ("ap50", "ap") for g in groups)
+            for name, ap in rows.items()
+        ),
     ]
     if absent := result.combined.without_ground_truth():
         lines.append(f"{len(absent)} classes without ground truth are left out of the means: {shorten(list(absent))}")
@@ -327,21 +328,22 @@ def error_table(errors: ErrorBreakdown) -> str:
     groups, sides = shown_groups(errors.protocol), ("novel", "base")
     parts = [errors.groups[group] for group in groups]
     kinds = [*(kind.value for kind in ERRORS), "all wrong detections", "all objects not found"]
-    lines = [
-        "errors at IoU 0.5: how many, and the AP50 gained if that kind alone were mended",
-        f"{'':24s}" + "".join(f"{group:>20s}" for group in groups),
-        f"{'':24s}" + f"{'count':>11s}{'dAP50':>9s}" * len(groups),
-        *(
-            f"{name:24s}"
-            + "".join(f"{count:>11,d}{'-' if gain is None else f'{gain:+.1f}':>9s}" for count, gain in cells)
-            for name, *cells in zip(kinds, *(part.cells() for part in parts), strict=True)
-        ),
-        f"{'objects found':24s}"
-        + "".join(f"{share:>20s}" for share in [f"{part.found:,d} of {part.objects:,d}" for part in parts]),
-        f"{'classification errors':24s}" + "".join(f"{f'named {named}':>20s}" for named in sides),
-        *(
-            f"{f'  of {truth} objects':24s}" + "".join(f"{errors.misnamed[truth][named]:>20,d}" for named in sides)
-            for truth in sides
-        ),
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            "errors at IoU 0.5: how many, and the AP50 gained if that kind alone were mended",
+            f"{'':24s}" + "".join(f"{group:>20s}" for group in groups),
+            f"{'':24s}" + f"{'count':>11s}{'dAP50':>9s}" * len(groups),
+            *(
+                f"{name:24s}"
+                + "".join(f"{count:>11,d}{'-' if gain is None else f'{gain:+.1f}':>9s}" for count, gain in cells)
+                for name, *cells in zip(kinds, *(part.cells() for part in parts), strict=True)
+            ),
+            f"{'objects found':24s}"
+            + "".join(f"{share:>20s}" for share in [f"{part.found:,d} of {part.objects:,d}" for part in parts]),
+            f"{'classification errors':24s}" + "".join(f"{f'named {named}':>20s}" for named in sides),
+            *(
+                f"{f'  of {truth} objects':24s}" + "".join(f"{errors.misnamed[truth][named]:>20,d}" for named in sides)
+                for truth in sides
+            ),
+        ]
+    )

@@ -41,9 +41,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hdovd.cache import hash_file, require_same, require_seal
-from hdovd.cache.hub import local_run
-from hdovd.cache.identity import sealed
+from hdovd.cache import hash_file, local_run, require_same, require_seal, sealed
 from hdovd.config.recipe import Recipe, load_recipe, outside_code
 from hdovd.core import HdovdError, require_readable, shorten, user_cache_folder
 from hdovd.data import Protocol, parse_protocol

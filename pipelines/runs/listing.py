@@ -16,8 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from hdovd.cache import require_seal
-from hdovd.cache.hub import local_run
+from hdovd.cache import local_run, require_seal
 from hdovd.core import HdovdError, counted
 from hdovd.data import GROUPS, METRICS
 from hdovd.pipelines.common.settings import (
@@ -95,11 +94,13 @@ class Run:
     def distillation(self) -> tuple[str, ...]:
         """The levels of distillation that are on, and the losses that the recipe adds."""
         levels = [
-            key.split(".")[1]
-            for key, value in self.settings.items()
-            if key.startswith("loss.") and key.endswith(SWITCH) and value is True
+            *(
+                key.split(".")[1]
+                for key, value in self.settings.items()
+                if key.startswith("loss.") and key.endswith(SWITCH) and value is True
+            ),
+            *(key.split(".")[2] for key in self.settings if key.startswith("loss.extra.") and key.endswith(".use")),
         ]
-        levels += [key.split(".")[2] for key in self.settings if key.startswith("loss.extra.") and key.endswith(".use")]
         return tuple(dict.fromkeys(levels))
 
     @property
@@ -272,12 +273,12 @@ def run_lines(runs: Sequence[Run]) -> list[str]:
         )
         for run, settings in zip(runs, _apart(runs), strict=True)
     ]
-    lines = table_lines(head, rows, set(head) - WORDS)
     metric = metric_of(runs)
-    lines.append(
+    lines = [
+        *table_lines(head, rows, set(head) - WORDS),
         f"{counted(len(runs), 'run')}; {metric} in percent; blind: novel {metric} without the base/novel split at test "
-        "time; cache: the same letters, the same features"
-    )
+        "time; cache: the same letters, the same features",
+    ]
     if any(run.oracle for run in runs):
         lines.append(f"{ORACLE}: trained on boxes of novel classes too; its AP is {UPPER_BOUND}")
     return lines + [f"{_name(run)}: {reason}" for run in runs for reason in run.wrong]

@@ -17,8 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from hdovd.cache import key_of
-from hdovd.cache.identity import SEAL
+from hdovd.cache import SEAL, key_of
 from hdovd.core import HdovdError, in_a_line, log
 from hdovd.core.registry import Registry
 from hdovd.core.text_files import read_json

@@ -1,22 +1,17 @@
 """What `hdovd train` is asked for. Imports no torch: a mistake shows before that."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from hdovd.cache import Catalog, is_tar_form
-from hdovd.cache.hub import is_hub
+from hdovd.cache import Catalog, is_hub, is_tar_form
+from hdovd.config.recipe import Recipe
 from hdovd.core import HdovdError
 from hdovd.data import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
 from hdovd.pipelines.common.options import RECIPE_AND_PRESET, NetworkOptions, Option, RunsOptions
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.trackers import TrackOptions
-
-if TYPE_CHECKING:
-    from hdovd.config.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

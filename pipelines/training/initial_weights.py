@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hdovd.cache import differences
-from hdovd.cache.hub import local_run
+from hdovd.cache import differences, local_run
 from hdovd.config.recipe import Recipe, load_recipe, outside_code
 from hdovd.core import HdovdError, log, shorten
 from hdovd.data import Protocol, load_protocol
@@ -79,10 +77,12 @@ def require_same_init(init: Path | None, run: RunFolder) -> None:
     """
     began = run.record().get("init")
     asked = None if init is None else str(local_run(init).resolve())
-    same = asked == (began and began["run"])
-    if not same and init is not None and began is not None and (Path(str(asked)) / Weights.LAST.file).is_file():
-        same = init_hash(init) == began["sha256"]
-    if not same:
+    if asked != (began and began["run"]) and not (
+        init is not None
+        and began is not None
+        and (Path(str(asked)) / Weights.LAST.file).is_file()
+        and init_hash(init) == began["sha256"]
+    ):
         raise HdovdError(
             f"{run.path} began otherwise:\n  --init differs: asked for {init or 'none'}, began with "
             f"{began['run'] if began else 'none'}\nGo on with what it began with, or give another --out"
@@ -131,16 +131,16 @@ def _of_detector(names: Iterable[str], model: Detector, other: Recipe) -> list[s
     """Those of `names`, which `model` has, that it has with the other recipe's losses too: the losses are no reason for
     them. What is there for training alone may come and go.
     """
-    wanted = [name for name in names if not name.endswith(COUNTS) and not name.startswith(model.training_parts)]
     recipe = model.recipe.model_copy(update={"loss": other.loss})
     has = build_detector(recipe, model.dim, initialise=False).state_dict()
-    return [name for name in wanted if name in has]
+    return [n for n in names if n in has and not n.endswith(COUNTS) and not n.startswith(model.training_parts)]
 
 
 def _detector_lines(asked: Recipe, there: Recipe, name: str) -> list[str]:
     """The values in which two detectors differ, those too that no shape tells."""
-    neither = {"backbone": {"weights"}}  # is loaded
-    ours, theirs = (recipe.detector.model_dump(mode="json", exclude=neither) for recipe in (asked, there))
+    ours, theirs = (  # weights of a backbone are loaded
+        recipe.detector.model_dump(mode="json", exclude={"backbone": {"weights"}}) for recipe in (asked, there)
+    )
     return differences(ours, theirs, "detector.", sides=("this recipe", name))
 
 
@@ -154,7 +154,7 @@ def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) 
         )
     names = [name for name in protocol.names if name in before.names]
     rows = run.class_embeddings()[[before.names.index(name) for name in names]]
-    cosine = F.cosine_similarity(rows, texts.cpu()[[protocol.names.index(name) for name in names]], dim=1)
+    cosine = torch.cosine_similarity(rows, texts.cpu()[[protocol.names.index(name) for name in names]], dim=1)
     if names and float(cosine.min()) < SAME_TEXT:
         yield (
             f"the class embeddings of {init} are others (cosine {cosine.min():.3f} to {cosine.max():.3f} over "
@@ -310,4 +310,4 @@ def _rows(file: Path | None, shape: tuple[int, int], option: str, meaning: str) 
         raise HdovdError(f"{option} {file} is {tuple(rows.shape)}, expected {shape}: {meaning}")
     if not (rows.isfinite().all() and rows.any(dim=1).all()):
         raise HdovdError(f"{option} {file} has rows that are zero or not finite")
-    return F.normalize(rows, dim=1)
+    return torch.nn.functional.normalize(rows, dim=1)

@@ -150,10 +150,9 @@ class WeightAverage:
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that are averaged, by name: parameters and statistics, but no memories."""
     fixed = (*getattr(model, "training_parts", ()), "background_texts")
-    buffers = {
+    return dict(model.named_parameters()) | {
         name: value for name, value in model.named_buffers() if value.is_floating_point() and not name.startswith(fixed)
     }
-    return {**dict(model.named_parameters()), **buffers}
 
 
 LOG_EVERY = 50  # steps

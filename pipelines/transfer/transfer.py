@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hdovd.core import log, shorten
@@ -36,20 +35,21 @@ def transfer(job: TransferConfig) -> dict[str, EvalResult]:
     for folder in job.data:
         name = data_name(folder)
         log(f"{name}:")
-        config = EvalConfig(
-            run=job.run,
-            data=DataPaths(folder),
-            protocol=ZERO_SHOT,
-            clip=job.clip,
-            pretrained=job.pretrained,
-            device=job.device,
-            batch_size=job.batch_size,
-            workers=job.workers,
-            engine=job.engine,
-            weights=job.weights,
-            trust=job.trust,
+        found[name] = zero_shot(
+            EvalConfig(
+                run=job.run,
+                data=DataPaths(folder),
+                protocol=ZERO_SHOT,
+                clip=job.clip,
+                pretrained=job.pretrained,
+                device=job.device,
+                batch_size=job.batch_size,
+                workers=job.workers,
+                engine=job.engine,
+                weights=job.weights,
+                trust=job.trust,
+            )
         )
-        found[name] = zero_shot(config)
     return found
 
 
@@ -78,8 +78,7 @@ def protocol_of(
     Args:
         own: the run's classes, which keep their names. trained: those of them with boxes in training.
     """
-    annotations, folder = data.locate("val2017")
-    found = read_instances(annotations, folder)
+    found = read_instances(*data.locate("val2017"))
     names = tuple(found.names.values())
     kept, known = set(map(folded, own)), set[str]().union(*map(_calls, trained))
     said = {name: (name,) if folded(name) in kept else spoken(name) for name in names}
@@ -92,15 +91,13 @@ def protocol_of(
     )
     groups = {name: own for name, own in ((SEEN, seen), (UNSEEN, unseen)) if own}
     protocol = Protocol(ZERO_SHOT, (), names, keep_empty_val=True, groups=groups)
-    if found.absent:
-        protocol = replace(protocol, federated=True, max_detections=LVIS_DETECTIONS)
-    return protocol, said
+    return replace(protocol, federated=True, max_detections=LVIS_DETECTIONS) if found.absent else protocol, said
 
 
 def embed(embedder: NameEmbedder, calls: Sequence[tuple[str, ...]]) -> Tensor:
     """(K, D) float32, L2-normalised: of each class the mean over what it is called."""
     rows = embedder.embed([name for own in calls for name in own]).split([len(own) for own in calls])
-    return F.normalize(torch.stack([own.mean(dim=0) for own in rows]), dim=1)
+    return torch.nn.functional.normalize(torch.stack([own.mean(dim=0) for own in rows]), dim=1)
 
 
 @cache
@@ -116,10 +113,8 @@ def _calls(name: str) -> set[str]:
 def spoken(name: str) -> tuple[str, ...]:
     """What a class is called in prompts: `tvmonitor` is a tv or a monitor, `Cabinet/shelf` a cabinet or a shelf."""
     plain = folded(name)
-    if plain in _synonyms():
-        return _synonyms()[plain]
     parts = tuple(part.strip() for part in plain.split("/") if part.strip())
-    return parts if len(parts) > 1 else (name,)
+    return _synonyms().get(plain, parts if len(parts) > 1 else (name,))
 
 
 def transfer_table(found: Mapping[str, EvalResult]) -> str:
@@ -137,8 +132,10 @@ def transfer_table(found: Mapping[str, EvalResult]) -> str:
             for value in (*(summary[kind].get(group) for group in groups), blind[kind]["all"])
         ]
         rows.append((name, f"{len(one.detections):,d}", f"{len(one.combined.protocol.novel):,d}", *numbers))
-    about = (
-        "AP in percent, of both scores, combined as novel classes' are; split-blind: all classes by the "
-        "classification score alone; seen: the run was trained on boxes of a class that is called so"
+    return "\n".join(
+        [
+            *table_lines(head, rows, set(head[1:])),
+            "AP in percent, of both scores, combined as novel classes' are; split-blind: all classes by the "
+            "classification score alone; seen: the run was trained on boxes of a class that is called so",
+        ]
     )
-    return "\n".join([*table_lines(head, rows, set(head[1:])), about])
