@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from hdovd.cache import differences, hash_tables, key_of
-from hdovd.cache.identity import hash_texts
+from hdovd.cache import differences, hash_tables, key_of, require_seal
+from hdovd.cache.identity import hash_texts, sealed
 
 
 def test_key_does_not_depend_on_the_order_of_names() -> None:
@@ -56,3 +58,20 @@ def test_differences_go_down_to_the_value_that_differs() -> None:
 def test_differences_cut_long_values() -> None:
     (line,) = differences({"names": ["class"] * 500}, {"names": []})
     assert len(line) < 300
+
+
+def test_no_flipped_bit_of_a_sealed_record_passes() -> None:
+    """In the name of the seal too: without it, the record would be one of an older version."""
+    tree = sealed({"schema_version": 2, "levels": {"image": {"key": "a1"}}, "path": "/runs/1"})
+    text = json.dumps(tree).encode()
+    for at in range(len(text)):
+        for bit in range(8):
+            flipped = text[:at] + bytes([text[at] ^ 1 << bit]) + text[at + 1 :]
+            try:
+                read = json.loads(flipped)
+            except ValueError:
+                continue
+            if read != tree:
+                with pytest.raises(ValueError, match="checksum"):
+                    require_seal(read)
+    assert require_seal({"path": "/runs/1", "sha": "0" * 64}) == {"path": "/runs/1", "sha": "0" * 64}  # an older one
