@@ -77,8 +77,9 @@ class Detector:
         """
         folder, target = RunFolder.open(Path(run), trusted=trust), pick_device(device)
         embedder = NameEmbedder(folder, target, clip=clip, pretrained=pretrained, templates=templates)
-        model = load_detector(folder, embedder.dim, target, Weights(weights).file)
-        return cls(model, folder.protocol(), embedder, target)
+        return cls(
+            load_detector(folder, embedder.dim, target, Weights(weights).file), folder.protocol(), embedder, target
+        )
 
     @property
     def recipe(self) -> Recipe:

@@ -164,8 +164,15 @@ def load_run_clip(run: RunFolder, given: ClipName | None, device: torch.device) 
     is another one than the run's.
     """
     inputs, key = class_level(run)
-    named, is_given = given or clip_of_cache(run, key), given is not None
-    return load_same_clip(named, inputs, inputs, device, given=is_given, whose="run", without="--class-embeddings")
+    return load_same_clip(
+        given or clip_of_cache(run, key),
+        inputs,
+        inputs,
+        device,
+        given=given is not None,
+        whose="run",
+        without="--class-embeddings",
+    )
 
 
 Shown = Path | str | Mapping[str, Sequence[AnyPicture]]  # a folder, a COCO file, or pictures by name

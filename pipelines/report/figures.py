@@ -449,14 +449,15 @@ def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
 
 
 def _card(split: Split, image: ImageBoxes, key: str) -> dict[str, Any]:
-    picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
     return {
         "image_id": image.id,
         "key": key,
         "width": image.width,
         "height": image.height,
         "unit": round(max(image.width, image.height) / TEXT_SHARE, 1),
-        "data": small_picture_data(picture, LONGEST_SIDE_PX),
+        "data": small_picture_data(
+            read_image(split.path(image), image.width, image.height, exif=split.exif), LONGEST_SIDE_PX
+        ),
     }
 
 
