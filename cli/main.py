@@ -159,9 +159,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     try:
         if warning := limit_threads():
             typer.echo(warning, err=True)
-        command = get_command(app)
-        with command.make_context("hdovd", arguments) as context:
-            command.invoke(context)
+        with get_command(app).make_context("hdovd", arguments) as context:
+            context.command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
     except Stopped as stopped:

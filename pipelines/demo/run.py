@@ -181,8 +181,7 @@ def _empty_patch(scene: Scene, rng: np.random.Generator) -> np.ndarray | None:
 def _multi_positive_loss(v: Tensor, t: Tensor, scale: Tensor, caption: Tensor) -> Tensor:
     """Symmetric contrastive loss; rows of `v` and `t` (n, D) with the same caption share the target."""
     logits = scale * v @ t.T
-    same = (caption[:, None] == caption[None]).float()
-    target = same / same.sum(1, keepdim=True)
+    target = F.normalize((caption[:, None] == caption[None]).float(), p=1, dim=1)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
