@@ -20,5 +20,6 @@ def search(config: SearchConfig) -> None:
     hits = run(config)
     if any(hit.source == BoxSource.BASE and not hit.name for hit in hits):
         typer.echo("note: base boxes are without names, which the annotations alone have: --data reads them", err=True)
-    as_list = [asdict(hit) for hit in hits]
-    typer.echo(json.dumps(as_list, indent=1) if config.json_ else "\n".join(search_lines(hits, config)))
+    typer.echo(
+        json.dumps([asdict(hit) for hit in hits], indent=1) if config.json_ else "\n".join(search_lines(hits, config))
+    )

@@ -14,5 +14,4 @@ def transfer(config: TransferConfig) -> None:
     from hdovd.pipelines.transfer.transfer import transfer as run, transfer_table
 
     found = run(config)
-    files = [file for result in found.values() for file in result.files]
-    typer.echo("\n".join([transfer_table(found), *(f"wrote {file}" for file in files)]))
+    typer.echo("\n".join([transfer_table(found), *(f"wrote {file}" for one in found.values() for file in one.files)]))

@@ -301,11 +301,10 @@ def _judge_weights(audited: Audited, found: Check, weights: Path) -> str:
             f"the backbone started from {weights}, which is not here: what made it is not known; run the audit where "
             f"it is (a relative path counts from the folder that hdovd train ran in)"
         )
-    try:
-        with safe_open(weights, "np") as tensors:
-            record = json.loads((tensors.metadata() or {}).get("made_by", "null"))
-    except (SafetensorError, OSError, ValueError, RecursionError):  # a .pth, or damaged: neither has a record
-        record = None
+    record = None
+    # a .pth, or damaged: neither has a record
+    with suppress(SafetensorError, OSError, ValueError, RecursionError), safe_open(weights, "np") as tensors:
+        record = json.loads((tensors.metadata() or {}).get("made_by", "null"))
     if not isinstance(record, dict):
         _judge_name(audited, found, str(weights))
         return found.cannot(
@@ -448,17 +447,16 @@ def _made(audited: Audited, name: str, check: Callable[[Audited, Check], str], n
 def _proposal_checks(config: AuditConfig, audited: Audited) -> list[Check]:
     """Of the set's record and, where it was given, of the file."""
     cache, name, found = audited.cache, "proposals: made by", list[Check]()
-    recorded, of_file = cache.set.proposals.get("made_by"), None
+    recorded, table = cache.set.proposals.get("made_by"), None
     if config.proposals is not None:
         with quiet():
             split = config.data.load("train2017", audited.protocol, base_only=True)
         table = read_table(config.proposals, audited.truth.file)
-        of_file = table.made_by
         found = [
             _made(audited, "proposals: the file", partial(same_proposals, table, split, config.proposals)),
-            _made(audited, name, partial(made_by, of_file, str(config.proposals))),
+            _made(audited, name, partial(made_by, table.made_by, str(config.proposals))),
         ]
-    if config.proposals is None or (recorded and recorded != of_file):
+    if table is None or (recorded and recorded != table.made_by):
         found.append(_made(audited, name, partial(made_by, recorded, "the cache's record of its proposals")))
     if Level.PSEUDO_LABEL in cache.levels() and "verdicts" in cache.key_inputs(Level.PSEUDO_LABEL):
         found.append(_made(audited, "verdicts: made by", verdicts))

@@ -388,8 +388,7 @@ def class_of_noun(
 
 
 def _novel_nouns(audited: Audited) -> dict[int, str]:
-    cache = audited.cache
-    inputs = cache.key_inputs(Level.CLASS) if Level.CLASS in cache.levels() else {}
+    inputs = audited.cache.key_inputs(Level.CLASS) if Level.CLASS in audited.cache.levels() else {}
     return class_of_noun(audited.boxes.nouns, audited.protocol.novel, inputs.get("synonyms", {}))
 
 

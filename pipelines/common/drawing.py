@@ -13,7 +13,6 @@ from functools import lru_cache
 from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-_NO_CHARACTER = "\U0010ffff"  # which no font has: it is drawn as what stands for a missing one
 _COMMON = (
     "DejaVuSans.ttf",
     "NotoSansCJK-Regular.ttc",
@@ -31,13 +30,9 @@ def label_font(text: str, size: int) -> Font:
     """Pillow's own font, or where it lacks a character of `text` the first common one of the system's that has them
     all; its own again if none has.
     """
-    own = _font("", size)
-    able = (
-        font
-        for font in (_font(name, size) for name in ("", *_COMMON))
-        if all(_has(font, character) for character in text if not character.isspace())
-    )
-    return next(able, own)
+    fonts = (_font(name, size) for name in ("", *_COMMON))
+    able = (font for font in fonts if all(_has(font, character) for character in text if not character.isspace()))
+    return next(able, _font("", size))
 
 
 def cut_label(text: str, width: float, size: int) -> str:
@@ -61,7 +56,8 @@ def _font(name: str, size: int) -> Font:
 def _has(font: Font, character: str) -> bool:
     if ord(character) < 128 or not isinstance(font, ImageFont.FreeTypeFont):  # without FreeType there is one font
         return True
-    mask, missing = font.getmask(character), font.getmask(_NO_CHARACTER)
+    # no font has U+10FFFF: it is drawn as what stands for a missing one
+    mask, missing = font.getmask(character), font.getmask("\U0010ffff")
     return mask.size != missing.size or bytes(mask) != bytes(missing)
 
 

@@ -188,7 +188,6 @@ def _grey(values: np.ndarray, *, of_16_bits: bool) -> np.ndarray:
 
 def _array(picture: Tensor | np.ndarray) -> np.ndarray:
     """(h, w, 3) uint8. Raises HdovdError for any other picture."""
-    tensor = isinstance(picture, Tensor)
     array = (
         picture.detach().permute(1, 2, 0).cpu().numpy()
         if isinstance(picture, Tensor) and picture.ndim == 3
@@ -196,8 +195,8 @@ def _array(picture: Tensor | np.ndarray) -> np.ndarray:
     )
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or not array.size:
         raise HdovdError(
-            f"a picture as {'a tensor is (3, h, w)' if tensor else 'an array is (h, w, 3)'} uint8 RGB, not "
-            f"{tuple(picture.shape)} {picture.dtype}"
+            f"a picture as {'a tensor is (3, h, w)' if isinstance(picture, Tensor) else 'an array is (h, w, 3)'} uint8 "
+            f"RGB, not {tuple(picture.shape)} {picture.dtype}"
         )
     return np.ascontiguousarray(array)
 
@@ -337,22 +336,18 @@ def _of_folder(folder: Path, videos: bool) -> Iterator[PictureFile]:
         )
 
 
-def _of_stdin(stdin: BinaryIO | None) -> Iterator[PictureFile]:
+def _of_stdin(stdin: BinaryIO | None) -> list[PictureFile]:
     data = b"" if stdin is None else stdin.read()
     if _is_picture(data):
-        yield PictureFile(Path("stdin"), data)
-        return
+        return [PictureFile(Path("stdin"), data)]
     data = data.removeprefix(BOM_UTF8)
-    for line in data.split(b"\0" if b"\0" in data else b"\n"):
-        if name := line.strip(b"\r\n"):
-            yield PictureFile(Path(os.fsdecode(name)))
+    names = (line.strip(b"\r\n") for line in data.split(b"\0" if b"\0" in data else b"\n"))
+    return [PictureFile(Path(os.fsdecode(name))) for name in names if name]
 
 
 def _is_picture(data: bytes) -> bool:
     try:
         with open_picture(io.BytesIO(data)):
             return True
-    except HdovdError:  # of too many pixels
-        return True
-    except Exception:  # a list of paths, or nothing
-        return False
+    except Exception as error:  # a list of paths, or nothing
+        return isinstance(error, HdovdError)  # of too many pixels

@@ -21,11 +21,10 @@ def read_vocabulary(path: Path, option: str = "--vocabulary", most: int = LONGES
     printed.
     """
     path = _SHIPPED / f"{GENERAL}.txt" if is_shipped(path) else path
-    lines = [line.strip() for line in read_text(path, option, "one a line").splitlines()]
     names = tuple(
         dict.fromkeys(
             checked_name(line, f"{option} {path}: line {number}", most)
-            for number, line in enumerate(lines, start=1)
+            for number, line in enumerate(map(str.strip, read_text(path, option, "one a line").splitlines()), start=1)
             if line and not line.startswith("#")
         )
     )
@@ -49,8 +48,7 @@ def names_asked(text: str) -> tuple[str, ...]:
     elif is_file(text):
         raise HdovdError(f"--classes {text} is a file: give @{text} for the names in it, one a line")
     else:
-        asked = (" ".join(name.split()) for name in text.split(",") if name.strip())
-        names = [checked_name(name, "--classes: a name") for name in asked]
+        names = [checked_name(" ".join(name.split()), "--classes: a name") for name in text.split(",") if name.strip()]
         if not names:
             raise HdovdError(f"--classes {text!r} names nothing: expected names with commas between them, or @FILE")
     first: dict[str, str] = {}

@@ -198,10 +198,10 @@ def ticks(low: float, high: float) -> list[float]:
 
 def _ink(values: np.ndarray, low: float, high: float) -> str:
     share = np.nan_to_num(np.clip((values - low) / max(high - low, 1e-12), 0, 1))
-    pixels = np.empty((*values.shape, 4), np.uint8)
-    pixels[..., :3] = 47, 111, 208  # its opacity is the value, so that it goes with any ground
-    pixels[..., 3] = np.round(255 * share)
-    return picture_data(Image.fromarray(pixels, "RGBA"), "PNG")
+    picture = Image.new("RGBA", values.shape[::-1], (47, 111, 208))
+    # the opacity is the value, so that it goes with any ground
+    picture.putalpha(Image.fromarray(np.round(255 * share).astype(np.uint8)))
+    return picture_data(picture, "PNG")
 
 
 def _cut(name: str) -> str:

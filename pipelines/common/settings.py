@@ -17,9 +17,7 @@ def lasting_values(recipe: Recipe) -> dict[str, Any]:
     """What a run may not change on its way. It may change how it is computed (workers, compiled or not) and the values
     of another stage.
     """
-    tree = recipe.model_dump(by_alias=True)
-    del tree["train"]["workers"], tree["train"]["compile"], tree["proposals"]
-    return tree
+    return recipe.model_dump(by_alias=True, exclude={"train": {"workers", "compile"}, "proposals": True})
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Settings:

@@ -82,8 +82,7 @@ def demo_teacher(folder: Path, seed: int = 0) -> str:
         return f"local-dir:{home}"
     log(line)
     images, captions = captioned_crops(scenes(_SCENES, seed + 1000, 0), seed)  # of its own, and none of the world's
-    model = fit_clip(images, captions, seed, steps=_STEPS, in_bf16=precision is Precision.BF16)
-    save_clip(model, home)
+    save_clip(fit_clip(images, captions, seed, steps=_STEPS, in_bf16=precision is Precision.BF16), home)
     log(f"trained the demo CLIP: {home}")
     return f"local-dir:{home}"
 
@@ -91,8 +90,8 @@ def demo_teacher(folder: Path, seed: int = 0) -> str:
 def save_clip(model: open_clip.CLIP, folder: Path, model_cfg: dict[str, Any] = MODEL_CFG) -> None:
     """Write a model of `model_cfg` in open_clip's `local-dir:` form, whole when its config is there."""
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    write = partial(save_file, state)
-    replace_file(folder / "open_clip_model.safetensors", write, writer=str(os.getpid()))  # two first demos at once
+    # two first demos at once have a name each
+    replace_file(folder / "open_clip_model.safetensors", partial(save_file, state), writer=str(os.getpid()))
     write_text(
         folder / "open_clip_config.json",
         json.dumps({"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS_CFG}, indent=2),
@@ -182,8 +181,7 @@ def _empty_patch(scene: Scene, rng: np.random.Generator) -> np.ndarray | None:
 def _multi_positive_loss(v: Tensor, t: Tensor, scale: Tensor, caption: Tensor) -> Tensor:
     """Symmetric contrastive loss; rows of `v` and `t` (n, D) with the same caption share the target."""
     logits = scale * v @ t.T
-    same = (caption[:, None] == caption[None]).float()
-    target = same / same.sum(1, keepdim=True)
+    target = F.normalize((caption[:, None] == caption[None]).float(), p=1, dim=1)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
@@ -348,8 +346,7 @@ def _world_and_cache(stages: _Stages) -> None:
         "--backbone-out",
         root / BACKBONE,
     ]
-    teacher = Job("teacher", (make,), root / "logs" / "teacher.log")
-    stages.side_by_side([teacher, stages.job("propose", propose)])
+    stages.side_by_side([Job("teacher", (make,), root / "logs" / "teacher.log"), stages.job("propose", propose)])
     captions = ("--captions", world / "annotations" / "captions_train2017.json")
     names = ("--vocabulary", world / "vocabulary.txt", "--protocol", world / "protocol.toml")
     stages.run("nouns", "nouns", *captions, *names, "--parser", "match", "--out", root / "nouns.json")

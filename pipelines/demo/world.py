@@ -248,8 +248,7 @@ def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 def _fill(size: tuple[int, int], colour: np.ndarray, rng: np.random.Generator) -> Image.Image:
     """A textured rectangle of one colour; `size` is (width, height)."""
-    width, height = size
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    y, x = np.mgrid[0 : size[1], 0 : size[0]].astype(np.float32)
     kind = TEXTURES[rng.integers(len(TEXTURES))]
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 12)
     along = x * np.cos(angle) + y * np.sin(angle)
@@ -307,8 +306,9 @@ def make_world(
             {"id": image["id"], "image_id": image["id"], "caption": scene.caption}
             for image, scene in zip(images, pictures, strict=True)
         ]
-        file = root / "annotations" / f"captions_{split}.json"
-        write_text(file, json.dumps({"images": images, "annotations": captions}))
+        write_text(
+            root / "annotations" / f"captions_{split}.json", json.dumps({"images": images, "annotations": captions})
+        )
     write_text(root / "vocabulary.txt", "\n".join(sorted((*SHAPES, *GROUNDS, *ABSENT))) + "\n")
     write_text(
         root / "protocol.toml",

@@ -114,11 +114,14 @@ class DetectionFolder:
         """Write detections.json and images.json."""
         with writing(self.path / LINES):
             self._lines.close()
-        categories = [
-            {"id": number, "name": name, "supercategory": "novel" if novel else "base"}
-            for number, (name, novel) in enumerate(zip(self.names, self.is_novel, strict=True), start=1)
-        ]
-        head: dict[str, Any] = {"info": info, "categories": categories, "annotations": []}
+        head: dict[str, Any] = {
+            "info": info,
+            "categories": [
+                {"id": number, "name": name, "supercategory": "novel" if novel else "base"}
+                for number, (name, novel) in enumerate(zip(self.names, self.is_novel, strict=True), start=1)
+            ],
+            "annotations": [],
+        }
         detections, images = self.path / DETECTIONS, self.path / IMAGES
         replace_file(detections, lambda file: _write(file, _list(self._read("detections"))))
         lists = {"images": self._read("image"), "videos": self._read("video"), "skipped": self._read("skipped")}
@@ -249,9 +252,8 @@ def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectionFolder:
 
 def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, job: DetectConfig) -> None:
     workers, numbered = min(workers_for(detector.device, job.workers), len(files)), enumerate(files, start=1)
-    batches = Batches(Mapped(files, _opened), job.batch_size, workers, device=detector.device)
     with progress(None, "detect", "image", total=len(files)) as bar:
-        for batch in batches:
+        for batch in Batches(Mapped(files, _opened), job.batch_size, workers, device=detector.device):
             found = iter(detector.find([one for one in batch if isinstance(one, Decoded)], job.threshold))
             for one in batch:  # in the order of the files
                 number, file = next(numbered)
@@ -319,8 +321,10 @@ def detect_lines(result: DetectionFolder) -> list[str]:
     videos = f" and {counted(len(result.videos), 'video')}" if result.videos else ""
     lines.append(f"{counted(result.images, 'picture')}{videos}, {result.objects.total():,d} found")
     if skipped:
-        lines.append(f"{counted(len(skipped), 'file')} skipped, which cannot be read:")
-        lines += [f"  {printable(reason)}" for reason in skipped[:SHOWN_SKIPPED]]
+        lines += [
+            f"{counted(len(skipped), 'file')} skipped, which cannot be read:",
+            *(f"  {printable(reason)}" for reason in skipped[:SHOWN_SKIPPED]),
+        ]
     if len(skipped) > SHOWN_SKIPPED:
         lines.append(f"  ... and {len(skipped) - SHOWN_SKIPPED:,d} more, in images.json")
     return lines

@@ -77,8 +77,9 @@ class Detector:
         """
         folder, target = RunFolder.open(Path(run), trusted=trust), pick_device(device)
         embedder = NameEmbedder(folder, target, clip=clip, pretrained=pretrained, templates=templates)
-        model = load_detector(folder, embedder.dim, target, Weights(weights).file)
-        return cls(model, folder.protocol(), embedder, target)
+        return cls(
+            load_detector(folder, embedder.dim, target, Weights(weights).file), folder.protocol(), embedder, target
+        )
 
     @property
     def recipe(self) -> Recipe:
@@ -259,16 +260,18 @@ def fit_rows(model: Model, examples: Examples, rows: Tensor, others: Tensor) -> 
     log(f"examples in their pictures: the detector has {counted(int(on.sum()), 'region')} on them")
 
     def log_probabilities(moved: Tensor) -> Tensor:
-        first, _ = model.scores(c, None, torch.cat([moved, others]))
-        return first.clamp(min=1e-12).log()
+        return model.scores(c, None, torch.cat([moved, others]))[0].clamp(min=1e-12).log()
 
     before, moved = log_probabilities(start).detach(), start.clone().requires_grad_()
     adam = torch.optim.Adam([moved], lr=RATE)
     for _ in range(STEPS):
         unit = F.normalize(moved, dim=1)
         after = log_probabilities(unit)
-        loss = F.nll_loss(after[on], label[on], reduction="sum") + PRIOR * (1 - (unit * start).sum(dim=1)).sum()
-        loss = loss + KEPT * F.kl_div(after[~on], before[~on], reduction="sum", log_target=True)
+        loss = (
+            F.nll_loss(after[on], label[on], reduction="sum")
+            + PRIOR * (1 - (unit * start).sum(dim=1)).sum()
+            + KEPT * F.kl_div(after[~on], before[~on], reduction="sum", log_target=True)
+        )
         adam.zero_grad()
         (loss / len(on)).backward()
         adam.step()

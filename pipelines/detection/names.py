@@ -164,8 +164,15 @@ def load_run_clip(run: RunFolder, given: ClipName | None, device: torch.device) 
     is another one than the run's.
     """
     inputs, key = class_level(run)
-    named, is_given = given or clip_of_cache(run, key), given is not None
-    return load_same_clip(named, inputs, inputs, device, given=is_given, whose="run", without="--class-embeddings")
+    return load_same_clip(
+        given or clip_of_cache(run, key),
+        inputs,
+        inputs,
+        device,
+        given=given is not None,
+        whose="run",
+        without="--class-embeddings",
+    )
 
 
 Shown = Path | str | Mapping[str, Sequence[AnyPicture]]  # a folder, a COCO file, or pictures by name
@@ -347,7 +354,10 @@ class NameEmbedder:
         self._asked = None if templates is None else tuple(templates)
         self._rows = run.class_embeddings()
         self._place = {folded(name): row for row, name in reversed([*enumerate(run.protocol().names)])}
-        self._clip: Teacher | None = None
+
+    @cached_property
+    def _clip(self) -> Teacher:
+        return load_run_clip(self._run, self._given, self._device)
 
     @cached_property
     def _gap(self) -> tuple[FeatureCache, Gap]:
@@ -373,7 +383,6 @@ class NameEmbedder:
         crop.
         """
         cache, gap = self._gap
-        self._clip = self._clip or load_run_clip(self._run, self._given, self._device)
         rows = gap.moved(embed_examples(examples, self._clip, cache))
         return rows if mix == 1 else F.normalize(mix * rows + (1 - mix) * self.embed(examples.names), dim=1)
 
@@ -383,7 +392,7 @@ class NameEmbedder:
 
     def forget_clip(self) -> None:
         """Free its memory; it is loaded again when it is needed."""
-        self._clip = None
+        self.__dict__.pop("_clip", None)
 
     def _others(self, names: Sequence[str], strange: list[str]) -> dict[str, Tensor]:
         """Of the names that are no classes of the run, or of all, if they are wanted in other prompts than its."""
@@ -431,7 +440,6 @@ class NameEmbedder:
         """(D,) float16 each."""
         if not names:
             return {}
-        self._clip = self._clip or load_run_clip(self._run, self._given, self._device)
         if self._clip.dim != self.dim:
             raise HdovdError(
                 f"this CLIP embeds in {self._clip.dim} values, the run has {self.dim}: it is not the CLIP of the run"

@@ -10,8 +10,10 @@ from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import Option
 from hdovd.pipelines.extraction.source import CacheSource
 
-FORMS = ("fiftyone", "label-studio", "cvat", "yolo", "coco")
-LabelForm = StrEnum("LabelForm", {name.replace("-", "_").upper(): name for name in FORMS})  # type: ignore[misc]
+LabelForm = StrEnum(
+    "LabelForm",
+    {"FIFTYONE": "fiftyone", "LABEL_STUDIO": "label-studio", "CVAT": "cvat", "YOLO": "yolo", "COCO": "coco"},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

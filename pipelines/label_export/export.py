@@ -140,8 +140,12 @@ def _pseudo_boxes(cache: FeatureCache, split: Split) -> Iterator[dict[str, Any]]
     for image in split.images:
         rows = cache.instances(image.id)
         for row in np.flatnonzero(rows.noun >= 0).tolist():
-            about = {"name": nouns[rows.noun[row]] if nouns else "", "score": float(rows.noun_cosine[row])}
-            yield {"image_id": image.id, "box": rows.box[row].tolist(), **about}
+            yield {
+                "image_id": image.id,
+                "box": rows.box[row].tolist(),
+                "name": nouns[rows.noun[row]] if nouns else "",
+                "score": float(rows.noun_cosine[row]),
+            }
 
 
 def _fiftyone(config: ExportLabelsConfig, names: dict[str, int], pictures: Pictures) -> None:

@@ -258,14 +258,13 @@ def reliability(runs: Sequence[OneRun]) -> Iterator[tuple[str, Markup, str]]:
 
 def losses(runs: Sequence[OneRun]) -> list[tuple[str, list[tuple[str, Markup]]]]:
     """By level the charts of its losses; losses that a recipe adds come under their own name."""
-    names = dict.fromkeys(name for run in runs for entry in run.entries for name in entry if name not in PLAIN)
     levels: dict[str, list[tuple[str, Markup]]] = {level: [] for level in LEVELS.values()}
-    for name in names:
-        of_runs = [[entry for entry in run.entries if name in entry] for run in runs]
+    for name in dict.fromkeys(key for run in runs for entry in run.entries for key in entry if key not in PLAIN):
         is_ap = name.startswith("val_")
         lines = [
             Line(run.name, [float(e["step"]) for e in entries], [e[name] for e in entries], place, dots=is_ap)
-            for place, (run, entries) in enumerate(zip(runs, of_runs, strict=True))
+            for place, run in enumerate(runs)
+            for entries in [[entry for entry in run.entries if name in entry]]
             if entries
         ]
         y = Axis("percent", 0.0, 100.0) if is_ap else Axis("loss", 0.0)
@@ -450,14 +449,15 @@ def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
 
 
 def _card(split: Split, image: ImageBoxes, key: str) -> dict[str, Any]:
-    picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
     return {
         "image_id": image.id,
         "key": key,
         "width": image.width,
         "height": image.height,
         "unit": round(max(image.width, image.height) / TEXT_SHARE, 1),
-        "data": small_picture_data(picture, LONGEST_SIDE_PX),
+        "data": small_picture_data(
+            read_image(split.path(image), image.width, image.height, exif=split.exif), LONGEST_SIDE_PX
+        ),
     }
 
 

@@ -24,7 +24,7 @@ from hdovd.core import HdovdError, counted, lines_to
 from hdovd.data import DataPaths, read_instances
 from hdovd.pipelines.detection.config import DetectConfig
 from hdovd.pipelines.detection.detect import detect
-from hdovd.pipelines.label_export.config import FORMS, ExportLabelsConfig, LabelForm
+from hdovd.pipelines.label_export.config import ExportLabelsConfig, LabelForm
 from hdovd.pipelines.label_export.export import export_labels
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.search.config import SearchConfig
@@ -103,7 +103,7 @@ def alike(found: Rows, wanted: Rows) -> bool:
     )
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "fiftyone"])
+@pytest.mark.parametrize("form", [form for form in LabelForm if form != "fiftyone"])
 def test_what_goes_out_comes_in_again(data: Path, tmp_path: Path, form: str) -> None:
     out, lines = exported(tmp_path / "detections.json", tmp_path / "out", form, data=DataPaths(data))
     wanted: Rows = {}
@@ -139,7 +139,8 @@ def test_fiftyones_own_importer_reads_it(data: Path, tmp_path: Path, monkeypatch
 def test_scores_are_in_all_forms(data: Path, tmp_path: Path) -> None:
     wanted = [one["score"] for one in FOUND]
     outs = {
-        form: exported(tmp_path / "detections.json", tmp_path / form, form, data=DataPaths(data))[0] for form in FORMS
+        form: exported(tmp_path / "detections.json", tmp_path / form, form, data=DataPaths(data))[0]
+        for form in LabelForm
     }
     tasks = json.loads((outs["label-studio"] / "tasks.json").read_text())
     coco = json.loads((outs["coco"] / "instances.json").read_text())
@@ -268,7 +269,7 @@ def test_pictures_of_detect_elsewhere(
     assert all((out / "images" / name).samefile(tmp_path / name) for name in wanted)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", LabelForm)
 def test_names_of_files_that_are_no_text(
     distilled: RunFolder, data: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
