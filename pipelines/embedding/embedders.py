@@ -307,10 +307,12 @@ def embedders_of(teacher: Teacher, pictures: Pictures, recipe: CropRecipe | Dens
     """Those of the image and the instance level, as a recipe asks for them. Raises HdovdError for a dense recipe if the
     model has no dense features.
     """
-    images = WholePictures(teacher, pictures)
-    if isinstance(recipe, CropRecipe):
-        return {Level.IMAGE: images, Level.INSTANCE: Crops(teacher, pictures, recipe)}
-    return {Level.IMAGE: images, Level.INSTANCE: DenseBoxes(teacher, pictures, recipe.side)}
+    boxes = (
+        Crops(teacher, pictures, recipe)
+        if isinstance(recipe, CropRecipe)
+        else DenseBoxes(teacher, pictures, recipe.side)
+    )
+    return {Level.IMAGE: WholePictures(teacher, pictures), Level.INSTANCE: boxes}
 
 
 def mean_of(embeddings: np.ndarray, crops: int) -> np.ndarray:

@@ -120,11 +120,10 @@ def _finder(job: NounsConfig, stop: StopList) -> tuple[MatchFinder | ParsingFind
             "simplemma": version("simplemma"),
         }
     pipeline = load_parser(job.spacy_model)
-    model = "_".join(str(pipeline.meta.get(key, "")) for key in ("lang", "name"))
     return ParsingFinder(pipeline, given, stop), {
         "name": str(parser),
         "spacy": version("spacy"),
-        "model": model,
+        "model": "_".join(str(pipeline.meta.get(key, "")) for key in ("lang", "name")),
         "model_version": str(pipeline.meta.get("version", "")),
         "simplemma": version("simplemma"),
     }
