@@ -451,11 +451,11 @@ def in_order(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterab
         yield begun.popleft().result()
 
 
+@dataclass(frozen=True, eq=False)
 class _Batches(Dataset[tuple[Level, Batch]]):
     """A data set whose indices are descriptions of batches."""
 
-    def __init__(self, cutters: Mapping[Level, Cutter]) -> None:
-        self._cutters = cutters
+    cutters: Mapping[Level, Cutter]
 
     def __getitem__(self, wanted: Wanted) -> tuple[Level, Batch]:
-        return wanted.level, self._cutters[wanted.level].batch(wanted.jobs, wanted.size)
+        return wanted.level, self.cutters[wanted.level].batch(wanted.jobs, wanted.size)

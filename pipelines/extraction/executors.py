@@ -132,13 +132,12 @@ def do_with_submitit(extraction: Extraction, config: ExtractConfig, run: Run) ->
     """
     import submitit
 
-    given = {} if config.submitit is None else read_toml(config.submitit, "settings of submitit")
     settings: dict[str, Any] = {
         "jobs": 1,
         "name": "hdovd",
         "timeout_min": 240,
         "folder": str(user_cache_folder() / "jobs"),
-        **given,
+        **({} if config.submitit is None else read_toml(config.submitit, "settings of submitit")),
     }
     count, folder, cluster = (settings.pop(name, None) for name in ("jobs", "folder", "cluster"))
     try:

@@ -248,13 +248,8 @@ def export_crops(config: ExportConfig) -> None:
     mine = [row for row in np.flatnonzero(rows.source == Source.PROPOSAL).tolist() if of_image[row] not in failed]
     for row in mine:
         x, y, right, bottom = rows.box[row].astype(float).tolist()
-        names = {nouns[rows.noun[row]]: 1.0} if rows.noun[row] >= 0 else {}
-        lines.append(
-            json.dumps(
-                {"row": row, "image_id": int(of_image[row]), "bbox": [x, y, right - x, bottom - y], "names": names}
-            )
-            + "\n"
-        )
+        about = {"row": row, "image_id": int(of_image[row]), "bbox": [x, y, right - x, bottom - y]}
+        lines.append(json.dumps(about | {"names": {nouns[rows.noun[row]]: 1.0} if rows.noun[row] >= 0 else {}}) + "\n")
     write_text(out / QUESTIONS, "".join(lines))
 
     @lru_cache(1)  # the crops of an image come one after the other
