@@ -307,10 +307,12 @@ def embedders_of(teacher: Teacher, pictures: Pictures, recipe: CropRecipe | Dens
     """Those of the image and the instance level, as a recipe asks for them. Raises HdovdError for a dense recipe if the
     model has no dense features.
     """
-    images = WholePictures(teacher, pictures)
-    if isinstance(recipe, CropRecipe):
-        return {Level.IMAGE: images, Level.INSTANCE: Crops(teacher, pictures, recipe)}
-    return {Level.IMAGE: images, Level.INSTANCE: DenseBoxes(teacher, pictures, recipe.side)}
+    boxes = (
+        Crops(teacher, pictures, recipe)
+        if isinstance(recipe, CropRecipe)
+        else DenseBoxes(teacher, pictures, recipe.side)
+    )
+    return {Level.IMAGE: WholePictures(teacher, pictures), Level.INSTANCE: boxes}
 
 
 def mean_of(embeddings: np.ndarray, crops: int) -> np.ndarray:
@@ -449,11 +451,11 @@ def in_order(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterab
         yield begun.popleft().result()
 
 
+@dataclass(frozen=True, eq=False)
 class _Batches(Dataset[tuple[Level, Batch]]):
     """A data set whose indices are descriptions of batches."""
 
-    def __init__(self, cutters: Mapping[Level, Cutter]) -> None:
-        self._cutters = cutters
+    cutters: Mapping[Level, Cutter]
 
     def __getitem__(self, wanted: Wanted) -> tuple[Level, Batch]:
-        return wanted.level, self._cutters[wanted.level].batch(wanted.jobs, wanted.size)
+        return wanted.level, self.cutters[wanted.level].batch(wanted.jobs, wanted.size)

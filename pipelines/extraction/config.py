@@ -231,14 +231,6 @@ Batch = Annotated[
     ),
 ]
 ActivationOption = Annotated[Activation, Option("The activation that the weights were trained with.")]
-Synonyms = Annotated[Path | None, Option('TOML: couch = ["couch", "sofa"]: all names of some classes.')]
-ClassEmbeddings = Annotated[
-    Path | None,
-    Option(
-        "A row for each class, base then novel, instead of its name's embedding: learned prompts. "
-        "One array in .npy, .safetensors, .pt."
-    ),
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,8 +289,14 @@ class ExtractConfig(FeaturesOptions):
     store: Annotated[
         Store, Option("webdataset: tar shards with pictures, boxes and embeddings, to train from as a stream.")
     ] = Store.ZARR
-    synonyms: Synonyms = None
-    class_embeddings: ClassEmbeddings = None
+    synonyms: Annotated[Path | None, Option('TOML: couch = ["couch", "sofa"]: all names of some classes.')] = None
+    class_embeddings: Annotated[
+        Path | None,
+        Option(
+            "A row for each class, base then novel, instead of its name's embedding: learned prompts. "
+            "One array in .npy, .safetensors, .pt."
+        ),
+    ] = None
     nouns: Annotated[Path | None, Option("A file of hdovd nouns, instead of --vocabulary and --captions.")] = None
     labels: Annotated[LabelRule, LABELS] = LIKELY_NOUN
     verdicts: Annotated[
@@ -367,7 +365,6 @@ class ExtractConfig(FeaturesOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """What another process needs to make the same products: JSON values, absolute paths."""
-        kind = "dense" if isinstance(self.recipe, DenseRecipe) else "crop"
         tree = {
             **{name: _plain(getattr(self, name)) for name in _MADE_FROM},
             "clip": f"local-dir:{_plain(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip,
@@ -375,7 +372,11 @@ class ExtractConfig(FeaturesOptions):
             if self.pretrained and is_file(self.pretrained)
             else self.pretrained,
             "protocol": _plain(Path(self.protocol)) if is_file(self.protocol) else self.protocol,
-            kind: {"side": self.recipe.side} if isinstance(self.recipe, DenseRecipe) else self.recipe.inputs(),
+            **(
+                {"dense": {"side": self.recipe.side}}
+                if isinstance(self.recipe, DenseRecipe)
+                else {"crop": self.recipe.inputs()}
+            ),
         }
         later = {
             **{name: _plain(getattr(self, name)) for name in _LATER_FILES},

@@ -154,27 +154,23 @@ def _compare(
     catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: Callable[[int], bool], *, retry_failed: bool
 ) -> None:
     product = catalog.find(plan.level, plan.key)
-    if product is not None:
+    done = 0
+    if product is None:
+        nearest, lines = catalog.nearest(plan.level, plan.inputs)
+        plan.reason = f"no {plan.level} product yet" if nearest is None else "; ".join(lines)
+    else:
         plan.part_rows, plan.missing = product.part_rows, product.missing()
         plan.redo = tuple(product.failed_parts()) if retry_failed else ()
-        again = ""
-        if plan.redo:
-            again = f"tries again what could not be read: {counted(len(product.failed()), 'image')}"
-        if plan.redo and product.whole:
-            plan.donor, plan.reuse = product, np.where(_usable(product)[:-1], np.arange(product.rows), -1)
+        again = f"tries again what could not be read: {counted(len(product.failed()), 'image')}" if plan.redo else ""
         if product.whole:
+            if plan.redo:
+                plan.donor, plan.reuse = product, np.where(_usable(product)[:-1], np.arange(product.rows), -1)
             plan.decision, plan.reason = "extract" if plan.redo else "hit", again
             return
-        _find_donor(catalog, plan, table, read_alike)
         done = product.parts - len(plan.missing)
-        plan.decision = "extend" if done or plan.donor else "extract"
         plan.reason = f"goes on: {done} of {product.parts} parts are done" + (f"; {again}" if again else "")
-        return
-    nearest, lines = catalog.nearest(plan.level, plan.inputs)
-    plan.reason = f"no {plan.level} product yet" if nearest is None else "; ".join(lines)
     _find_donor(catalog, plan, table, read_alike)
-    if plan.donor is not None:
-        plan.decision = "extend"
+    plan.decision = "extend" if done or plan.donor else "extract"
 
 
 def _find_donor(catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: Callable[[int], bool]) -> None:
@@ -208,8 +204,7 @@ def _usable(product: Product) -> np.ndarray:
     """(rows + 1,) bool: rows of finished parts whose image could be read; the last, for no row at all, is False."""
     usable = np.zeros(product.rows + 1, bool)
     for part in product.finished():
-        start, stop = product.rows_of(part)
-        usable[start:stop] = True
+        usable[slice(*product.rows_of(part))] = True
     if failed := list(product.failed()):
         image_id = product.table("image_id")
         per_row = image_id if product.level is Level.IMAGE else np.repeat(image_id, np.diff(product.table("offset")))
@@ -461,7 +456,6 @@ class Extraction:
         instances = self.product(Level.INSTANCE)
         embeddings = Rows(instances, "embedding", parts={start // instances.part_rows}).read(start, stop)
         nouns, inputs = self.product(Level.NOUN).table("embedding"), self.plans[Level.PSEUDO_LABEL].inputs
-        temperature = inputs.get("verdicts", {}).get("temperature", TEMPERATURE)
         return label_rows(
             self.table,
             start,
@@ -471,7 +465,7 @@ class Extraction:
             self.offered,
             LabelRule.of(inputs),
             self.verdicts,
-            temperature,
+            inputs.get("verdicts", {}).get("temperature", TEMPERATURE),
             self.barred,
         )
 
@@ -504,8 +498,7 @@ class Extraction:
             since = time.monotonic()
             thread.submit(embedder.encode, batch).result()
             of_rows = (time.monotonic() - since) * sum(job.count for job in few) / places
-        embed_s = of_rows / sum(job.rows for job in few) / (1 if on_gpu else torch.get_num_threads())
-        return Cost(cut_s, embed_s)
+        return Cost(cut_s, of_rows / sum(job.rows for job in few) / (1 if on_gpu else torch.get_num_threads()))
 
 
 def do_share(extraction: Extraction, share: Share) -> None:

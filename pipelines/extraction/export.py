@@ -81,9 +81,9 @@ def export_tars(config: ExportConfig) -> TarMeta:
                         images = (split.images[place] for place in writer.meta.places_of(number))
                         writer.write(number, (_sample(cache, split, protocol, image, failed) for image in images))
                         bar.update(len(writer.meta.places_of(number)))
-    count, total = writer.meta.shards, size(sum(writer.folder.sizes("").values()))
     log(
-        f"{config.out}: {writer.meta.images:,d} images in {counted(count, 'tar shard')}, {total}"
+        f"{config.out}: {writer.meta.images:,d} images in {counted(writer.meta.shards, 'tar shard')}, "
+        + size(sum(writer.folder.sizes("").values()))
         + (f"; without embeddings, and so without a picture: {counted(len(failed), 'image')}" if failed else "")
     )
     return writer.meta
@@ -249,8 +249,7 @@ def export_crops(config: ExportConfig) -> None:
     for row in mine:
         x, y, right, bottom = rows.box[row].astype(float).tolist()
         about = {"row": row, "image_id": int(of_image[row]), "bbox": [x, y, right - x, bottom - y]}
-        names = {nouns[rows.noun[row]]: 1.0} if rows.noun[row] >= 0 else {}
-        lines.append(json.dumps(about | {"names": names}) + "\n")
+        lines.append(json.dumps(about | {"names": {nouns[rows.noun[row]]: 1.0} if rows.noun[row] >= 0 else {}}) + "\n")
     write_text(out / QUESTIONS, "".join(lines))
 
     @lru_cache(1)  # the crops of an image come one after the other

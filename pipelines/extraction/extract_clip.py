@@ -191,9 +191,9 @@ def report_plan(extraction: Extraction, config: ExtractConfig, share: Share) -> 
     plans, report = extraction.plans, ExtractReport()
     for level, plan in plans.items():
         new = plan.new_rows if plan.parts else (0 if plan.decision == "hit" else plan.rows)
-        numbers = f"{plan.rows:11,d}{new:11,d}{size(new * plan.row_bytes):>11s}"
         log(
-            f"  {level:13s}{plan.decision:8s}{numbers}  {plan.key[:12]}",
+            f"  {level:13s}{plan.decision:8s}{plan.rows:11,d}{new:11,d}{size(new * plan.row_bytes):>11s}  "
+            f"{plan.key[:12]}",
             *(f"  {'':13s}{reason}" for reason in filter(None, plan.reason.split("; "))),
         )
         report.levels[level], report.rows[level], report.new_rows[level] = plan.decision, plan.rows, plan.new_rows
@@ -290,7 +290,8 @@ def _finish(
                 else "ignore left as stored; were the boxes drawn on upright pictures? --exif apply"
             )
         )
-    for level in (Level.IMAGE, Level.INSTANCE):
+    pictures = (Level.IMAGE, Level.INSTANCE)
+    for level in pictures:
         report.failed |= extraction.product(level).failed()
     log(*(f"failed: image {image_id}: {reason}" for image_id, reason in list(report.failed.items())[:20]))
     if report.failed:
@@ -298,14 +299,13 @@ def _finish(
             f"{counted(len(report.failed), 'image has', 'images have')} no embeddings, and training goes without: "
             f"hdovd cache info tells why, extract-clip --retry-failed tries again"
         )
-    pictures = (Level.IMAGE, Level.INSTANCE)
     rows = sum(
         extraction.plans[unit.level].new_rows_of([unit.part]) for unit in extraction.done if unit.level in pictures
     )
     elsewhere = sum(report.new_rows[level] for level in pictures) - rows
-    total = sum(extraction.product(level).bytes() for level in extraction.plans)
     log(
-        f"{config.cache}: set {config.features} is whole, {size(total)}"
+        f"{config.cache}: set {config.features} is whole, "
+        + size(sum(extraction.product(level).bytes() for level in extraction.plans))
         + (f"; {rows:,d} pictures and boxes in {duration(seconds)} ({rows / seconds:.0f}/s)" if rows else "")
         + (f"; {elsewhere:,d} by other processes" if elsewhere > 0 else "")
     )
@@ -394,9 +394,11 @@ def _require_same(config: ExtractConfig, extraction: Extraction, meta: TarMeta) 
         raise HdovdError(
             f"{config.cache} holds the set of features {meta.name}, not {config.features}: give another folder"
         )
-    expected = {str(level): plan.inputs for level, plan in extraction.plans.items()}
-    found = {str(level): inputs for level, inputs in meta.key_inputs().items()}
-    require_same(expected, found, f"{config.cache} holds tar shards made from something else; give another folder")
+    require_same(
+        {str(level): plan.inputs for level, plan in extraction.plans.items()},
+        {str(level): inputs for level, inputs in meta.key_inputs().items()},
+        f"{config.cache} holds tar shards made from something else; give another folder",
+    )
 
 
 def _hit(config: ExtractConfig, extraction: Extraction, meta: TarMeta) -> ExtractReport:

@@ -158,8 +158,10 @@ def forecast(config: ForecastConfig, folder: Path) -> dict[str, Any]:
         rounds.append((bare, crops / _seconds(partial(extraction.do, extraction.units()[1]))))
     model_only, end_to_end = (median(values) for values in zip(*rounds, strict=True))
     at_scale = 1 / (1 / model_only + max(0.0, 1 / end_to_end - 1 / model_only) * crops / real)
-    preparation = _preparation(_begun(config, clip, folder, "preparation"), workers or cores)
-    stages = {"preparation": preparation, "writing": _writing(folder, clip.dim)}
+    stages = {
+        "preparation": _preparation(_begun(config, clip, folder, "preparation"), workers or cores),
+        "writing": _writing(folder, clip.dim),
+    }
     rates = {"the model": model_only} | stages
     of_images, of_boxes = config.data_set
     in_boxes = sum(np.dtype(TABLE_ARRAYS[Level.BOXES][name]).itemsize for name in ("source", "score", "annotation_id"))

@@ -74,8 +74,9 @@ class BoxTable:
         """The images that have rows between `start` and `stop`."""
         if stop <= start:
             return range(0)
-        first = int(np.searchsorted(self.offset, start, "right")) - 1
-        return range(first, int(np.searchsorted(self.offset, stop, "left")))
+        return range(
+            int(np.searchsorted(self.offset, start, "right")) - 1, int(np.searchsorted(self.offset, stop, "left"))
+        )
 
 
 def box_table(
@@ -201,8 +202,12 @@ def picture_hashes(split: Split, products: Iterable[Product]) -> PictureHashes:
     numbers = np.flatnonzero(first < last).tolist()
     with ThreadPoolExecutor(READERS) as pool:
         found = dict(zip(numbers, pool.map(settle, numbers), strict=True))
-    changed = [split.images[n].id for n, what in found.items() if what == "changed"]
-    return PictureHashes(files["label"].copy(), files, changed, "later" in found.values())
+    return PictureHashes(
+        files["label"].copy(),
+        files,
+        changed=[split.images[n].id for n, what in found.items() if what == "changed"],
+        later="later" in found.values(),
+    )
 
 
 def files_of(read: dict[int, PictureFile], known: np.ndarray, numbers: Iterable[int]) -> np.ndarray:

@@ -91,8 +91,9 @@ class CacheSource(CacheSet):
         """
         from hdovd.pipelines.extraction.identities import exif_of, inputs_of
 
-        exif = exif_of({level: cache.key_inputs(level) for level in cache.levels()}) or Exif.APPLY
-        split, protocol = self.load(cache.set, exif)
+        split, protocol = self.load(
+            cache.set, exif_of({level: cache.key_inputs(level) for level in cache.levels()}) or Exif.APPLY
+        )
         cache.require(Level.BOXES, {"images": inputs_of(split, cache)[Level.BOXES]["images"]})
         return split, protocol
 
@@ -171,8 +172,7 @@ def cache_of(run: RunFolder) -> FeatureCache:
     """
     from hdovd.cache.reader import FeatureCache
 
-    where, name, _ = set_of_run(run)
-    return FeatureCache(where, name)
+    return FeatureCache(*set_of_run(run)[:2])
 
 
 def data_of_cache(run: RunFolder, cache: Path | str | None = None, give: str = DATA_AND_PROTOCOL) -> DataPaths:

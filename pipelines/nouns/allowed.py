@@ -63,12 +63,7 @@ def _reduced(word: str) -> str:
         return word
     if simplemma.is_known(word, lang="en"):
         return simplemma.lemmatize(word, lang="en").lower()
-    return _by_rule(word)
-
-
-def _by_rule(word: str) -> str:
-    """For words that no dictionary has: coatracks, tvs, corkboards."""
-    if word.endswith(("ss", "us", "sis")):
+    if word.endswith(("ss", "us", "sis")):  # from here on words that no dictionary has: coatracks, tvs, corkboards
         return word
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
@@ -133,9 +128,7 @@ class NameMatcher:
         return found
 
     def _row(self, words: Sequence[str], singulars: Sequence[str]) -> int | None:
-        row = self._exact.get("".join(words))
-        if row is None:
-            row = self._singular.get("".join(singulars))
+        row = self._exact.get("".join(words), self._singular.get("".join(singulars)))
         if row is None and _corrections().get(words[-1]) == words[-1]:  # glasses and skis: what each of them is
             row = self._singular.get("".join((*singulars[:-1], _reduced(words[-1]))))
         if row is not None and len(words) > self._sizes[row] and min(map(len, words)) < MIN_JOINED:

@@ -120,11 +120,10 @@ def _finder(job: NounsConfig, stop: StopList) -> tuple[MatchFinder | ParsingFind
             "simplemma": version("simplemma"),
         }
     pipeline = load_parser(job.spacy_model)
-    model = "_".join(str(pipeline.meta.get(key, "")) for key in ("lang", "name"))
     return ParsingFinder(pipeline, given, stop), {
         "name": str(parser),
         "spacy": version("spacy"),
-        "model": model,
+        "model": "_".join(str(pipeline.meta.get(key, "")) for key in ("lang", "name")),
         "model_version": str(pipeline.meta.get("version", "")),
         "simplemma": version("simplemma"),
     }
@@ -162,15 +161,14 @@ def report_lines(job: NounsConfig, report: NounsReport, novel: int) -> list[str]
             f"most frequent words that the vocabulary lacks, nouns or not, in captions: "
             f"{_listed(_most(report.unmatched, SHOWN))} (more in the file; a longer --vocabulary finds them)"
         )
-    if report.novel:
-        lines.append(
-            f"note: the vocabulary holds {len(report.novel)} of the {novel} novel names, in images: "
-            f"{_listed(sorted(report.novel.items(), key=lambda item: -item[1]))}; allowed, since captions hold them, "
-            f"and to be reported with results"
-        )
-    else:
-        lines.append(f"the vocabulary holds none of the {novel} novel names of --protocol {job.protocol}")
-    return lines
+    if not report.novel:
+        return [*lines, f"the vocabulary holds none of the {novel} novel names of --protocol {job.protocol}"]
+    return [
+        *lines,
+        f"note: the vocabulary holds {len(report.novel)} of the {novel} novel names, in images: "
+        f"{_listed(sorted(report.novel.items(), key=lambda item: -item[1]))}; allowed, since captions hold them, "
+        f"and to be reported with results",
+    ]
 
 
 def _most(counts: Counter[str], count: int) -> list[tuple[str, int]]:

@@ -374,9 +374,10 @@ def info_lines(source: Path, annotations: Path | None = None, order: ListOrder =
         "scores": "none" if np.isnan(score).all() else f"{np.nanmin(score):.4g} to {np.nanmax(score):.4g}",
         "size": "none" if np.isnan(size).all() else f"median {np.nanmedian(size):.0f} px (the square root of the area)",
     }
-    lines = [str(source), *(f"  {name:10s}{value}" for name, value in values.items())]
-    if table.made_by is None:
-        lines.append(f"  {made_by_line(None)}")
-    else:
-        lines += ["  made by", *(f"  {line}" for line in pair_lines(table.made_by))]
-    return lines + [f"  note: {note}" for note in table.notes]
+    made_by = [made_by_line(None)] if table.made_by is None else ["made by", *pair_lines(table.made_by)]
+    return [
+        str(source),
+        *(f"  {name:10s}{value}" for name, value in values.items()),
+        *(f"  {line}" for line in made_by),
+        *(f"  note: {note}" for note in table.notes),
+    ]

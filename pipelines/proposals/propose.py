@@ -42,7 +42,7 @@ from hdovd.core import HdovdError, counted, log, quiet, shorten
 from hdovd.data import ImageBoxes, Split, load_protocol
 from hdovd.modeling.proposals.networks import ProposalNetwork
 from hdovd.pipelines.common.atomic_write import replace_file
-from hdovd.pipelines.common.device import Team, placed, team
+from hdovd.pipelines.common.device import Team, team
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.proposal_files.file import NO_PROPOSALS, Proposals, ProposalTable, read_npz, write_proposals
@@ -153,9 +153,11 @@ def choose(examples: Iterable[Example], job: ProposeConfig) -> Choice | None:
     """The best choice of what the job leaves open; what it gives stays. None if no held-out box is found."""
     seen = list(examples)
     sides = torch.cat([torch.zeros(0), *((e.base[:, 2:] - e.base[:, :2]).amin(dim=1) for e in seen)])
-    quantiles = [LEAST_SIDE]
-    if len(sides):
-        quantiles = torch.quantile(sides, torch.tensor(SIDE_QUANTILES)).floor().clamp(min=LEAST_SIDE).tolist()
+    quantiles = (
+        torch.quantile(sides, torch.tensor(SIDE_QUANTILES)).floor().clamp(min=LEAST_SIDE).tolist()
+        if len(sides)
+        else [LEAST_SIDE]
+    )
     overlaps = OVERLAPS if job.overlap is None else (job.overlap,)
     min_sides = tuple(dict.fromkeys(quantiles)) if job.min_side is None else (job.min_side,)
     scores = SCORES if job.min_score is None else (job.min_score,)
@@ -302,7 +304,7 @@ def checkpointed(file: Path, job: ProposeConfig, us: Team) -> tuple[ProposalNetw
     """The network of --checkpoint, on the team's device, and what made it. Raises HdovdError if it saw boxes of novel
     classes.
     """
-    (network, origin), protocol = load_network(file, job.recipe), load_protocol(job.protocol)
+    (network, origin), protocol = load_network(file, job.recipe, us.device), load_protocol(job.protocol)
     known = sorted(set(origin["protocol"]["base"]).difference(protocol.base))
     if novel := [name for name in known if meaning(name) in map(meaning, protocol.novel)]:
         raise HdovdError(
@@ -311,7 +313,7 @@ def checkpointed(file: Path, job: ProposeConfig, us: Team) -> tuple[ProposalNetw
         )
     if known:
         log(f"{file} was trained on boxes of {shorten(known)}, which {job.protocol} does not name")
-    return placed(network, us.device).eval(), origin
+    return network, origin
 
 
 def _selection(
@@ -347,9 +349,11 @@ def _choice(
     count, pictures = min(TO_CHOOSE_BY, len(split.images)), Pictures(split, job.recipe)
     numbers = [number * len(split.images) // count for number in range(count)]
     found = found_in(pictures, numbers, network.propose, network.recipe, us, "choose by base boxes")
-    again: Iterable[Any] = repeat(None)
-    if rehearsal is not None:
-        again = found_in(pictures, numbers, rehearsal.propose, rehearsal.recipe, us, "rehearsal")
+    again: Iterable[Any] = (
+        repeat(None)
+        if rehearsal is None
+        else found_in(pictures, numbers, rehearsal.propose, rehearsal.recipe, us, "rehearsal")
+    )
     examples = []
     for number, (picture, boxes, scores), other in zip(numbers, found, again, strict=False):
         if not picture.problem:
@@ -385,7 +389,7 @@ def _rehearsal(
         if len(known) < 2 or known[0] != known[1] or origins[1]["protocol"]["base"] != taught:
             log(f"what to keep is chosen by classes that the network has learnt: no {file.name} of its lies beside it")
             return None, out
-        return placed(load_network(file, job.recipe)[0], us.device).eval(), out
+        return load_network(file, job.recipe, us.device)[0], out
     seen = with_rows(split, (~np.isin(image.labels, out) for image in split.images))
     if not protocol.keep_empty_train:
         seen = replace(seen, images=[image for image in seen.images if len(image.boxes)])

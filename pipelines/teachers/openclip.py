@@ -9,7 +9,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -352,18 +352,18 @@ def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str
     """
     if pretrained is None or open_clip.get_pretrained_cfg(model, pretrained):
         return None, ""
-    default, known = asdict(open_clip.transform.PreprocessCfg()), []
-    for tag in open_clip.list_pretrained_tags_by_model(model):
-        told = open_clip.transform.merge_preprocess_dict(default, open_clip.get_pretrained_cfg(model, tag))
-        wanted = {name: told[name] for name in ("mean", "std", "interpolation", "resize_mode")}
-        if wanted not in known:
-            known.append(wanted)
-    if len(known) == 1:
-        return known[0], f"; that of all weights that open_clip knows for {model}, as a file does not say"
-    note = (
-        f"; open_clip's default for {model}, as a file does not say: where its weights want another, give their tag, "
+    default = open_clip.transform.PreprocessCfg()
+    told = (
+        open_clip.transform.merge_preprocess_dict(default, open_clip.get_pretrained_cfg(model, tag))
+        for tag in open_clip.list_pretrained_tags_by_model(model)
     )
-    return None, note + "or local-dir:PATH"
+    known = [{name: one[name] for name in ("mean", "std", "interpolation", "resize_mode")} for one in told]
+    if known and all(wanted == known[0] for wanted in known):
+        return known[0], f"; that of all weights that open_clip knows for {model}, as a file does not say"
+    return None, (
+        f"; open_clip's default for {model}, as a file does not say: where its weights want another, give their tag, "
+        "or local-dir:PATH"
+    )
 
 
 def _activation(
@@ -419,8 +419,9 @@ def _built(model: str, pretrained: str | None, random_weights: bool, overrides: 
     )
     if archive:
         state = torch.jit.load(pretrained, map_location="cpu").state_dict()  # runs no Python code, unlike a pickle
-        own = ("input_resolution", "context_length", "vocab_size")
-        net.load_state_dict({k: v.float() for k, v in state.items() if k not in own})
+        net.load_state_dict(
+            {k: v.float() for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+        )
     return net.eval().requires_grad_(False)
 
 

@@ -47,8 +47,10 @@ class Preprocessing:
 
     def inputs(self) -> dict[str, Any]:
         """What of it determines embeddings, as JSON values: a part of a product's key."""
-        tree = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return tree | {"resize": "antialiased, to uint8"}
+        return {
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()},
+            "resize": "antialiased, to uint8",
+        }
 
     def fit(self, picture: Tensor) -> Tensor:
         """(3, h, w) uint8 -> (3, *size) uint8: resized and cut, or filled up, about the centre."""
