@@ -260,11 +260,11 @@ def losses(runs: Sequence[OneRun]) -> list[tuple[str, list[tuple[str, Markup]]]]
     """By level the charts of its losses; losses that a recipe adds come under their own name."""
     levels: dict[str, list[tuple[str, Markup]]] = {level: [] for level in LEVELS.values()}
     for name in dict.fromkeys(key for run in runs for entry in run.entries for key in entry if key not in PLAIN):
+        of_runs = [[entry for entry in run.entries if name in entry] for run in runs]
         is_ap = name.startswith("val_")
         lines = [
             Line(run.name, [float(e["step"]) for e in entries], [e[name] for e in entries], place, dots=is_ap)
-            for place, run in enumerate(runs)
-            for entries in [[entry for entry in run.entries if name in entry]]
+            for place, (run, entries) in enumerate(zip(runs, of_runs, strict=True))
             if entries
         ]
         y = Axis("percent", 0.0, 100.0) if is_ap else Axis("loss", 0.0)
