@@ -8,7 +8,7 @@ pycocotools' interface: of truth and detections (`COCO`), and of what compares t
 from enum import StrEnum
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 from hdovd.core import HdovdError
 from hdovd.core.registry import Registry
@@ -48,11 +48,10 @@ def classes(engine: str) -> tuple[Any, Any]:
     does.
     """
     try:
-        found: tuple[Any, Any] = ENGINES.find(engine)()
+        return cast(tuple[Any, Any], ENGINES.find(engine)())
     except ImportError as error:
         extra = "hdovd[fast-eval]" if engine == Engine.FASTER else engine
         raise HdovdError(
             f"the AP engine {engine} cannot be imported ({error}): pip install '{extra}'"
             + (f", or use the engine {Engine.PYCOCOTOOLS}" if engine == Engine.FASTER else "")
         ) from error
-    return found

@@ -187,8 +187,8 @@ class GroundTruth:
             evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
             evaluation.evaluate()
             evaluation.accumulate()
-        order = np.argsort(np.argsort(coco_ids))  # COCOeval sorts the classes by category id
-        return np.asarray(evaluation.eval["precision"][:, :, order, 0, -1])
+        # COCOeval sorts the classes by category id
+        return np.asarray(evaluation.eval["precision"][:, :, np.argsort(np.argsort(coco_ids)), 0, -1])
 
     def _indexed(self, annotations: list[dict[str, Any]]) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does

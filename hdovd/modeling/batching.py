@@ -39,11 +39,7 @@ def keys_of(keys: Sequence[int] | None, images: int) -> Sequence[int | None]:
 
 def image_generator(key: int | None, use: Use, device: torch.device | str = "cpu") -> torch.Generator | None:
     """The generator of one choice about one image; None, which stands for torch's global one, without a key."""
-    if key is None:
-        return None
-    generator = torch.Generator(device)
-    generator.manual_seed(_mixed(key, use))
-    return generator
+    return None if key is None else torch.Generator(device).manual_seed(_mixed(key, use))
 
 
 def sample_balanced(
@@ -66,9 +62,7 @@ def sample_balanced(
 def _lowest(lot: Tensor, allowed: Tensor, most: int, wanted: Tensor | None) -> Tensor:
     """(n,) bool: the `most` allowed ones with the lowest lots, or the first `wanted` () of those."""
     places = lot.masked_fill(~allowed, 2.0).topk(min(most, len(lot)), largest=False).indices
-    keep = torch.ones_like(places, dtype=torch.bool)
-    if wanted is not None:
-        keep = torch.arange(len(places), device=lot.device) < wanted
+    keep = torch.arange(len(places), device=lot.device) < (most if wanted is None else wanted)
     return torch.zeros_like(allowed).scatter(0, places, keep) & allowed
 
 

@@ -154,6 +154,11 @@ def best_places(scores: Tensor, most: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :most]
 
 
+def taken(rows: Tensor, places: Tensor) -> Tensor:
+    """Rows (N, A, X) at places (N, Q): (N, Q, X)."""
+    return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[-1]))
+
+
 @dataclass(frozen=True, slots=True)
 class Detections:
     """Best first: boxes (n, 4) xyxy pixels of the original image, scores (n,), labels (n,) int64."""
@@ -183,9 +188,8 @@ def kept_places(boxes: Tensor, scores: Tensor, labels: Tensor, config: Inference
     """The places of an image's candidates (n,) that its detections are, best first: after the NMS within each class
     (none at 1), as many as are allowed.
     """
-    if config.nms >= 1:
-        return best_places(scores, config.detections_per_image)
-    return nms_of_parts(boxes, scores, labels, config.nms)[: config.detections_per_image]
+    most = config.detections_per_image
+    return best_places(scores, most) if config.nms >= 1 else nms_of_parts(boxes, scores, labels, config.nms)[:most]
 
 
 def detect(

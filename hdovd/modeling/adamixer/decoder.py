@@ -187,10 +187,10 @@ class DecoderStage(QueryStage):
     def _initialise(self) -> None:
         """Xavier but where it says otherwise: boxes stay, points lie within half a side, one level finer than the
         box."""
-        for part in (self.attention, self.feedforward, self.class_feature, self.deltas, self.objectness):
-            for weight in part.parameters():
-                if weight.dim() > 1:
-                    nn.init.xavier_uniform_(weight)
+        parts = nn.ModuleList([self.attention, self.feedforward, self.class_feature, self.deltas, self.objectness])
+        for weight in parts.parameters():
+            if weight.dim() > 1:
+                nn.init.xavier_uniform_(weight)
         with torch.no_grad():
             for start in self.deltas[-1].parameters():
                 start.zero_()
@@ -206,8 +206,7 @@ class DecoderStage(QueryStage):
         """
         content = content + positional_code(xyzr, content.shape[-1])
         content = self.attention_norm(content + self.attention(content, (covered(to_corners(xyzr)) + 1e-7).log()))
-        points = self.points_of(content, xyzr)
-        sampled = table.sample(points, self.groups).flatten(0, 1)
+        sampled = table.sample(self.points_of(content, xyzr), self.groups).flatten(0, 1)
         content = self.mixing_norm(content + self.mixing(sampled, content.flatten(0, 1)).view_as(content))
         content = self.feedforward_norm(content + self.feedforward(content))
         deltas = self.deltas(content).float()

@@ -26,9 +26,9 @@ from hdovd.config.recipe import Recipe
 from hdovd.modeling.adamixer.decoder import DecoderStage, SamplingTable, to_corners, to_xyzr
 from hdovd.modeling.backbones.pyramid import build_backbone
 from hdovd.modeling.batching import SIZE_DIVISOR
-from hdovd.modeling.boxes import best_places, nms_of_images, overlap
+from hdovd.modeling.boxes import best_places, nms_of_images, overlap, taken
 from hdovd.modeling.distributed import divisor
-from hdovd.modeling.queries.detector import ForwardOutput, QueryDetector, Step
+from hdovd.modeling.queries.detector import ForwardOutput, QueryDetector, Step, xavier
 from hdovd.modeling.queries.pairs import NONE, Candidates
 
 RARE = -math.log(99)  # logit of 1 %
@@ -140,8 +140,7 @@ class QueryProposals(nn.Module):
         """What queries of boxes (N, Q, 4) start from, (N, Q, C): the pyramid at the box's centre, at the level of its
         size.
         """
-        points = to_xyzr(boxes)[..., None, None, :3]
-        content: Tensor = self.content_norm(table.sample(points, 1)[..., 0, 0, :])
+        content: Tensor = self.content_norm(table.sample(to_xyzr(boxes)[..., None, None, :3], 1)[..., 0, 0, :])
         return content
 
 
@@ -166,9 +165,7 @@ def _conv_block(channels: int) -> nn.Sequential:
 
 def _branch(channels: int, out: int) -> nn.Sequential:
     first, second = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, out, 1)
-    for conv in (first, second):
-        nn.init.xavier_uniform_(conv.weight)
-        nn.init.zeros_(conv.get_parameter("bias"))
+    xavier(first, second)
     return nn.Sequential(first, nn.ReLU(inplace=True), second)
 
 
@@ -200,8 +197,7 @@ def main_losses(
     """
     is_paired = paired != NONE
     row = paired.clamp(min=0)
-    boxes = found.boxes.gather(1, row[..., None].expand(-1, -1, 4))
-    iou, giou = overlap(boxes, objects)
+    iou, giou = overlap(taken(found.boxes, row), objects)
     aligned = found.probability.detach().gather(1, row) * iou.detach() ** config.iou_power
     quality = torch.where(is_paired, aligned / (aligned + SMALL) * iou.detach(), 0.0)
     counted = found.distinct & is_object.any(dim=1, keepdim=True)
@@ -224,8 +220,7 @@ def auxiliary_losses(
     """
     best, quality = aligned_positions(dense, centres, valid, objects, is_object, config)
     counted = valid & is_object.any(dim=1, keepdim=True)
-    index = best.flatten(1)[..., None].expand(-1, -1, 4)
-    _, giou = overlap(dense.boxes.gather(1, index).unflatten(1, best.shape[1:]), objects[:, None])
+    _, giou = overlap(taken(dense.boxes, best.flatten(1)).unflatten(1, best.shape[1:]), objects[:, None])
     return _quality_losses(dense.probability, counted, best, quality > NONE, quality.clamp(min=0), giou, config)
 
 
@@ -336,9 +331,7 @@ class AdaMixer(QueryDetector):
         channels, levels = config.backbone.fpn_channels, config.backbone.levels
         self.strides = [2**level for level in (*levels, levels[-1] + 1)]
         self.backbone = build_backbone(config.backbone, initialise)
-        for conv in self.backbone.get_submodule("fpn").modules():
-            if isinstance(conv, nn.Conv2d):
-                nn.init.xavier_uniform_(conv.weight)
+        xavier(self.backbone.get_submodule("fpn"))
         self.norms = nn.ModuleList(nn.GroupNorm(GROUPS_OF_NORM, channels) for _ in self.strides)
         self.proposals = QueryProposals(config.proposals, channels, dim, len(levels))
         self.stages = nn.ModuleList(DecoderStage(config.decoder, channels, dim) for _ in range(config.decoder.stages))

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.error import URLError
 
 import torch
@@ -89,11 +89,10 @@ def build_backbone(config: BackboneConfig, initialise: bool = True) -> BackboneW
     if initialise:
         _initialise(body, config)
     _freeze(body, [name for stage in STAGES[: config.frozen_stages] for name in stage], config)
-    levels = sorted(config.levels)
     return BackboneWithFPN(
         body,
-        return_layers={f"layer{level - 1}": str(level) for level in levels},
-        in_channels_list=[widths[level - 2] for level in levels],
+        return_layers={f"layer{level - 1}": str(level) for level in config.levels},
+        in_channels_list=[widths[level - 2] for level in config.levels],
         out_channels=config.fpn_channels,
     )
 
@@ -115,8 +114,7 @@ def with_synced_norms(model: nn.Module) -> nn.Module:
         from timm.layers import convert_sync_batchnorm as convert  # type: ignore[attr-defined]  # torch's own would drop them
     else:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm
-    synced: nn.Module = convert(model)
-    return synced
+    return cast(nn.Module, convert(model))
 
 
 def _freeze(network: nn.Module, parts: Collection[str], config: BackboneConfig) -> None:
@@ -130,8 +128,7 @@ def _freeze(network: nn.Module, parts: Collection[str], config: BackboneConfig) 
 def _with_frozen_norms(module: nn.Module) -> nn.Module:
     from timm.utils.model import freeze_batch_norm_2d  # type: ignore[attr-defined]  # where timm 1.0.18 has it too
 
-    frozen: nn.Module = freeze_batch_norm_2d(module)
-    return frozen
+    return cast(nn.Module, freeze_batch_norm_2d(module))
 
 
 # --- weights ---

@@ -34,8 +34,7 @@ class ExportableDetector(nn.Module):
         parts = model._modules.items()
         self.model._modules = {name: part for name, part in parts if not f"{name}.".startswith(model.training_parts)}
         for name in ("mean", "std"):
-            values = torch.tensor(getattr(self.recipe.input, name))
-            self.register_buffer(name, values.view(3, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(getattr(self.recipe.input, name)).view(3, 1, 1), persistent=False)
         self.eval()
 
     def forward(self, image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,6 +46,15 @@ LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost 
 RARE = -4.595  # logit of the share of queries that hold an object at the start: 1 %
 
 
+def xavier(*modules: nn.Module) -> None:
+    """Xavier for weights, zero for biases; norms as they are."""
+    for part in nn.ModuleList(modules).modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
 class QueryStage(nn.Module):
     """One stage of the network; what its queries hold is read apart."""
 
@@ -80,16 +89,13 @@ class TextAdapters(nn.Module):
 
     def classified(self, c: Tensor) -> Tensor:
         """(..., D) -> (..., D) float32."""
-        moved: Tensor = self.visual_to_text(c)
-        return c + moved.float()
+        return cast(Tensor, c + self.visual_to_text(c).float())
 
     def distilled(self, c: Tensor) -> Tensor:
         """(..., D) -> (..., D) float32."""
-        last = self.visual_to_text[-1]
-        assert isinstance(last, nn.Linear)
+        last = self.visual_to_text[-1].get_parameter("weight").detach()
         with torch.autocast(c.device.type, enabled=False):
-            moved: Tensor = c @ self.transfer(last.weight.detach()).T
-            return c + moved
+            return cast(Tensor, c + c @ self.transfer(last).T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,9 +302,12 @@ class QueryDetector(Detector):
     ) -> tuple[ImageList, StepBoxes]:
         image_keys = keys_of(keys, len(images))
         batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
-        scaled = scale_all(targets, factors)
         return batch, boxes_of_step(
-            scaled, batch.image_sizes, self.recipe.pseudo_boxes, self.recipe.loss.class_, with_pseudo=self.distils
+            scale_all(targets, factors),
+            batch.image_sizes,
+            self.recipe.pseudo_boxes,
+            self.recipe.loss.class_,
+            with_pseudo=self.distils,
         )
 
     def _step(self, boxes: StepBoxes, keys: Sequence[int | None], texts: Tensor) -> Step:

@@ -40,8 +40,7 @@ def query_weights(pairs: Pairs, boxes: StepBoxes, config: StageLossConfig) -> Te
 
 def objectness_loss(logits: Tensor, is_object: Tensor, count: Tensor) -> Tensor:
     """Focal loss (arXiv 1708.02002; alpha 0.25, gamma 2) of logits (S, N, Q): the sum, divided by `count` ()."""
-    loss: Tensor = sigmoid_focal_loss(logits, is_object.to(logits), alpha=0.25, gamma=2, reduction="sum") / count
-    return loss
+    return cast(Tensor, sigmoid_focal_loss(logits, is_object.to(logits), alpha=0.25, gamma=2, reduction="sum") / count)
 
 
 def box_losses(predicted: Tensor, pairs: Pairs, boxes: StepBoxes, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from hdovd.config.detector import DenoisingConfig, RTDETRConfig
 from hdovd.config.recipe import Recipe
 from hdovd.modeling.backbones.pyramid import build_backbone, without_pyramid
 from hdovd.modeling.batching import Use, image_generator
-from hdovd.modeling.boxes import overlap
+from hdovd.modeling.boxes import overlap, taken
 from hdovd.modeling.distributed import divisor
 from hdovd.modeling.queries.detector import ForwardOutput, QueryDetector, QueryStage, Step
 from hdovd.modeling.queries.pairs import NONE, Candidates, Pairs, StepBoxes
@@ -59,8 +59,7 @@ def candidate_losses(found: Candidates, boxes: StepBoxes, paired: Tensor, count:
         paired: (N, H) int64, the candidate of each object or NONE.
     """
     is_paired, row = paired != NONE, paired.clamp(min=0)
-    own = found.boxes.gather(1, row[..., None].expand(-1, -1, 4))
-    far, apart, iou = box_rows(own, boxes.objects, boxes.sizes[:, None])
+    far, apart, iou = box_rows(taken(found.boxes, row), boxes.objects, boxes.sizes[:, None])
     slots = found.probability.shape[1]
     quality = found.probability.new_zeros(len(row), slots + 1)  # one past the last is nobody's
     quality = quality.scatter(1, torch.where(is_paired, row, slots), iou.detach().clamp(min=0))[:, :slots]
@@ -184,10 +183,8 @@ class RTDETR(QueryDetector):
         queries = min(self.config.decoder.queries, sum(m.shape[2] * m.shape[3] for m in maps.values()))
         extra = None
         if slots is not None and step is not None and self.denoising is not None:
-            content = self.denoising(step.prompts.detach()[slots.prompt])
-            extra = content, logit(slots.boxes), slots.seen(queries)
+            extra = self.denoising(step.prompts.detach()[slots.prompt]), logit(slots.boxes), slots.seen(queries)
         found = self.network(maps, sizes, whole, self.object_text, extra)
-        denoised = [(c[:, queries:], b[:, queries:]) for c, b in zip(found.contents, found.boxes, strict=True)]
         return RTDETROutput(
             found.features,
             found.candidates,
@@ -195,7 +192,7 @@ class RTDETR(QueryDetector):
             [boxes[:, :queries] for boxes in found.boxes],
             found.deltas,
             slots,
-            denoised,
+            [(c[:, queries:], b[:, queries:]) for c, b in zip(found.contents, found.boxes, strict=True)],
         )
 
     def objectness_of(self, logits: Tensor, pairs: Pairs, boxes: StepBoxes, count: Tensor) -> Tensor:
@@ -211,8 +208,7 @@ class RTDETR(QueryDetector):
         assert isinstance(look, RTDETROutput)
         config = self.config.loss
         weights = (config.objectness, config.box, config.giou)
-        objects = divisor(step.boxes.is_object.sum())
-        losses = candidate_losses(look.candidates, step.boxes, paired, objects)
+        losses = candidate_losses(look.candidates, step.boxes, paired, divisor(step.boxes.is_object.sum()))
         named = {name: weight * loss for name, weight, loss in zip(SELECTION, weights, losses, strict=True)}
         if self.denoising is not None:
             named |= self._denoising_losses(look, step, divisor(step.boxes.is_base.sum()))

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdovd.config.detector import GROUPS_OF_NORM, HybridEncoderConfig, RTDETRConfig
-from hdovd.modeling.boxes import best_places, covered
-from hdovd.modeling.queries.detector import RARE, ForwardOutput, QueryStage
+from hdovd.modeling.boxes import best_places, covered, taken
+from hdovd.modeling.queries.detector import RARE, ForwardOutput, QueryStage, xavier
 from hdovd.modeling.queries.pairs import Candidates
 
 TINY = 1e-5  # added to variances; as torch's GroupNorm
@@ -46,8 +46,7 @@ class PictureNorm(nn.Module):
             variance = self._means((pixels - mean[..., None, None]).square(), cells)
             scale = self.weight / (variance + TINY).sqrt()  # onnxruntime 1.32 cannot multiply it by a quotient
             shift = self.bias - mean * scale
-            moved: Tensor = pixels * scale[..., None, None] + shift[..., None, None]
-        return moved
+            return pixels * scale[..., None, None] + shift[..., None, None]
 
     def _means(self, pixels: Tensor, cells: Tensor) -> Tensor:
         """(N, C): of each channel the mean of its group over cells (N, h w, 1) that are 1."""
@@ -103,7 +102,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.queries_and_keys, self.values = nn.Linear(channels, 2 * channels), nn.Linear(channels, channels)
         self.out = nn.Linear(channels, channels)
-        initialise(self)
+        xavier(self)
 
     def forward(self, content: Tensor, position: Tensor, bias: Tensor) -> Tensor:
         """(N, Q, C) twice -> (N, Q, C). `bias`: (N, H or 1, Q or 1, Q), added to logits: -inf where a row looks not."""
@@ -122,14 +121,13 @@ class LevelAttention(nn.Module):
         self.attention, self.attention_norm = Attention(channels, heads), nn.LayerNorm(channels)
         self.feedforward = feed_forward(channels, feedforward, nn.GELU)
         self.feedforward_norm = nn.LayerNorm(channels)
-        initialise(self.feedforward)
+        xavier(self.feedforward)
 
     def forward(self, pixels: Tensor, inside: Tensor) -> Tensor:
         """(N, C, h, w) -> the same. No cell outside is looked at."""
         cells = pixels.flatten(2).transpose(1, 2)
-        position = cell_positions(pixels)
         bias = torch.where(inside.flatten(1)[:, None, None], 0.0, -torch.inf)
-        cells = self.attention_norm(cells + self.attention(cells, position, bias))
+        cells = self.attention_norm(cells + self.attention(cells, cell_positions(pixels), bias))
         cells = self.feedforward_norm(cells + self.feedforward(cells))
         return cast(Tensor, cells.transpose(1, 2).unflatten(2, pixels.shape[-2:]))
 
@@ -152,15 +150,13 @@ class HybridEncoder(nn.Module):
         """`maps`: (N, width, h, w) each, with `inside` of each."""
         projected = [project(m, i) for project, m, i in zip(self.project, maps, inside, strict=True)]
         found = [self.coarsest(projected[-1], inside[-1])]
-        for level, (lateral, fuse) in enumerate(zip(self.lateral, self.finer, strict=True)):
-            fine = len(maps) - 2 - level
+        for fine, lateral, fuse in zip(reversed(range(len(maps) - 1)), self.lateral, self.finer, strict=True):
             found[0] = lateral(found[0], inside[fine + 1])
             wider = F.interpolate(found[0], scale_factor=2.0, mode="nearest")
             found.insert(0, fuse(wider, projected[fine], inside[fine]))
         out = found[:1]
-        for level, (downward, fuse) in enumerate(zip(self.downward, self.coarser, strict=True)):
-            coarse = level + 1
-            out.append(fuse(downward(out[-1], inside[level]), found[coarse], inside[coarse]))
+        for coarse, (downward, fuse) in enumerate(zip(self.downward, self.coarser, strict=True), start=1):
+            out.append(fuse(downward(out[-1], inside[coarse - 1]), found[coarse], inside[coarse]))
         return out
 
 
@@ -182,15 +178,6 @@ def feed_forward(channels: int, hidden: int, activation: type[nn.Module], out: i
     return nn.Sequential(nn.Linear(channels, hidden), activation(), nn.Linear(hidden, out or channels))
 
 
-def initialise(module: nn.Module) -> None:
-    """Xavier for weights, zero for biases; norms as they are."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-
-
 # --- queries and the stages ---
 
 SOME = 1e-7  # added to a covered share before its logarithm is taken; as AdaMixer
@@ -209,8 +196,7 @@ class Selection(nn.Module):
         self.token = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
         self.text = nn.Linear(dim, channels)
         self.deltas = box_branch(channels)
-        for part in (self.token, self.text):
-            initialise(part)
+        xavier(self.token, self.text)
         self.object_scale = nn.Parameter(torch.full((1,), OBJECT_SCALE))
         self.object_bias = nn.Parameter(torch.full((1,), RARE))
 
@@ -229,8 +215,8 @@ class Selection(nn.Module):
             aligned = F.normalize(token.float(), dim=-1) @ text
         probability = torch.sigmoid(self.object_scale * aligned + self.object_bias)
         chosen = best_places(torch.where(inside, probability, probability.detach() - 1), queries)
-        content = _taken(token, chosen)
-        logits = _taken(anchors, chosen) + self.deltas(content).float()
+        content = taken(token, chosen)
+        logits = taken(anchors, chosen) + self.deltas(content).float()
         return content, logits, probability.gather(1, chosen), inside.gather(1, chosen)
 
 
@@ -244,7 +230,7 @@ class DeformableAttention(nn.Module):
         self.weights = nn.Linear(channels, heads * levels * points)
         self.values = nn.Conv2d(channels, channels, 1)
         self.out = nn.Linear(channels, channels)
-        initialise(self)
+        xavier(self)
         self._spread()
 
     @torch.no_grad()
@@ -294,15 +280,19 @@ class GridSampling(nn.Module):
         self.register_buffer("places", torch.cartesian_prod(steps, steps).flip(1), persistent=False)
         self.values = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in range(levels))
         self.out = feed_forward(width * side**2, channels, nn.ReLU, channels)
-        initialise(self)
+        xavier(self)
 
     def forward(self, boxes: Tensor, maps: list[Tensor], inside: list[Tensor]) -> Tensor:
         """(N, Q, C). Arguments are as those of `DeformableAttention`."""
         grid = 2 * (boxes[:, :, None, :2] + self.places * boxes[:, :, None, 2:]) - 1
-        found = torch.zeros((), device=boxes.device)
-        for values, pixels, within in zip(self.values, maps, inside, strict=True):
-            level = values(pixels).float() * within[:, None]
-            found = found + F.grid_sample(level, grid, align_corners=False)  # (N, C / 2, Q, G)
+        levels = (
+            values(pixels).float() * within[:, None]
+            for values, pixels, within in zip(self.values, maps, inside, strict=True)
+        )
+        found = sum(
+            (F.grid_sample(level, grid, align_corners=False) for level in levels),  # (N, C / 2, Q, G)
+            start=torch.zeros((), device=boxes.device),
+        )
         return cast(Tensor, self.out(found.permute(0, 2, 3, 1).flatten(2)))
 
 
@@ -326,8 +316,7 @@ class Stage(QueryStage):
             nn.Linear(channels, channels), nn.LayerNorm(channels), nn.Linear(channels, dim)
         )
         self.objectness = nn.Sequential(nn.Linear(channels, 1))
-        for part in (self.feedforward, self.class_feature, self.objectness):
-            initialise(part)
+        xavier(self.feedforward, self.class_feature, self.objectness)
         nn.init.constant_(self.objectness[0].get_parameter("bias"), RARE)
         self.deltas = box_branch(channels)
         self.iof_tau = nn.Parameter(torch.rand(decoder.heads) * 4)
@@ -370,7 +359,7 @@ class Network(nn.Module):
         self.encoder = HybridEncoder(config.encoder, inputs, channels)
         self.selection = Selection(channels, dim)
         self.position = nn.Sequential(nn.Linear(4, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, channels))
-        initialise(self.position)
+        xavier(self.position)
         self.stages = nn.ModuleList(Stage(config, dim) for _ in range(config.decoder.stages))
 
     def forward(
@@ -425,7 +414,7 @@ def box_branch(channels: int) -> nn.Sequential:
     """What is to be added to a box's logits: nothing at the start."""
     layers = [part for _ in range(2) for part in (nn.Linear(channels, channels), nn.ReLU())]
     branch = nn.Sequential(*layers, nn.Linear(channels, 4))
-    initialise(branch)
+    xavier(branch)
     nn.init.zeros_(branch[-1].get_parameter("weight"))
     return branch
 
@@ -459,8 +448,3 @@ def to_shares(boxes: Tensor, sizes: Tensor) -> Tensor:
     """The inverse of `to_pixels`, of boxes (..., 4) and sizes (..., 2)."""
     low, high = (boxes / sizes.flip(-1).repeat_interleave(1, -1).tile(2)).split(2, dim=-1)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
-
-
-def _taken(rows: Tensor, places: Tensor) -> Tensor:
-    """Rows (N, A, X) at places (N, Q): (N, Q, X)."""
-    return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[-1]))
