@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -73,7 +73,7 @@ PREEMPTED = 75  # "temporary failure; the user is invited to retry" (sysexits.h)
 INTERRUPTED = 130  # as a shell says of Ctrl-C
 
 
-class StopSignal(ExitStack):
+class StopSignal:
     """`with StopSignal() as stop:` ... `stop.signals` are the signals that came, and `stop.received` is the last, or
     0."""
 
@@ -81,9 +81,10 @@ class StopSignal(ExitStack):
         """`interrupts`: a second Ctrl-C stops at once, a terminal that closes too, and signals that this process was
         started to ignore (background jobs of scripts) are heard.
         """
-        super().__init__()
         self.signals: list[int] = []
+        self._numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *(() if interrupts else (signal.SIGHUP,)))
         self._interrupts = interrupts
+        self._before: dict[int, signal._HANDLER] = {}
 
     @property
     def received(self) -> int:
@@ -91,15 +92,15 @@ class StopSignal(ExitStack):
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
-            for number in (
-                signal.SIGTERM,
-                signal.SIGUSR1,
-                signal.SIGINT,
-                *(() if self._interrupts else (signal.SIGHUP,)),
-            ):
-                if self._interrupts or signal.getsignal(number) != signal.SIG_IGN:
-                    self.callback(signal.signal, number, signal.signal(number, self._hear))  # as it was, at the end
+            heard = [
+                number for number in self._numbers if self._interrupts or signal.getsignal(number) != signal.SIG_IGN
+            ]
+            self._before = {number: signal.signal(number, self._hear) for number in heard}
         return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         if self._interrupts and number == signal.SIGINT and self.signals:

@@ -242,7 +242,8 @@ def trained_network(
     if is_there:
         log(f"network: {file}, trained with these settings before")
     else:
-        log(*filter(None, [line]))
+        if line:
+            log(line)
         _train(job, file, split, wanted, state, us, stop)
     us.wait()
     return load_network(file, recipe, us.device)

@@ -110,7 +110,8 @@ def train_on(
     run = RunFolder(job.out)
     began = run.written_recipe().train.precision if job.resume and (job.out / "config.toml").is_file() else None
     recipe, line = settled(job.recipe, us.device, began, "the run's")
-    log(*filter(None, [line]))
+    if line:
+        log(line)
     data = training_data(job, protocol) if given is None else given
     written, recipe, reliability = with_reliability(recipe, data.label_origin, job.calibration, protocol.base)
     job = replace(job, recipe=written)
