@@ -52,9 +52,8 @@ class FeatureSet:
 
     def to_tree(self) -> dict[str, Any]:
         """As JSON values; what older sets do not have is left out where it is empty, so that they stay the same."""
-        return {
-            name: value for name, value in asdict(self).items() if value or name in ("levels", "skipped", "made_from")
-        }
+        old = ("levels", "skipped", "made_from")
+        return {name: value for name, value in asdict(self).items() if value or name in old}
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "FeatureSet":
@@ -216,7 +215,8 @@ def group_objects() -> dict[str, bytes]:
 def read_run(url: str, name: str, text: bytes) -> RunRecord:
     """The run of the object `name`, with text `text`. Raises HdovdError if it is damaged."""
     with naming_damage(f"{url}/{name}", "delete it; the cache then knows nothing of that run"):
-        tree = require_seal(json.loads(text))
+        tree = json.loads(text)
+        require_seal(tree)
         run = RunRecord(str(tree["path"]), _levels(tree))
         if run.file != name:
             raise ValueError(f"it is the record of {run.path}, whose name is {run.file}")
@@ -242,7 +242,9 @@ def read_set(folder: Folder, name: str) -> FeatureSet:
     with naming_damage(
         f"{folder.url}/{name}", "hdovd cache verify --repair, then its hdovd extract-clip command, write it again"
     ):
-        return FeatureSet.from_tree(require_seal(json.loads(folder.read(name))))
+        tree = json.loads(folder.read(name))
+        require_seal(tree)
+        return FeatureSet.from_tree(tree)
 
 
 def is_tar_form(url: str | Path) -> bool:

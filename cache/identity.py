@@ -33,15 +33,20 @@ def sealed(tree: KeyInputs) -> KeyInputs:
     return rest | {SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
-def require_seal(tree: KeyInputs) -> KeyInputs:
-    """The same. Raises ValueError if values are not those that were sealed; those of older versions have no seal, and
-    pass.
-    """
-    for name in [SEAL] if SEAL in tree else tree:  # without it, the seal of a record may stand under a damaged name
-        rest = {other: value for other, value in tree.items() if other != name}
-        if (tree[name] == sealed(rest)[SEAL]) != (name == SEAL):
-            raise ValueError("its checksum is another one: it was changed since it was written")
-    return tree
+def require_seal(tree: KeyInputs) -> None:
+    """Raises ValueError if values are not those that were sealed; those of older versions have no seal, and pass."""
+    if SEAL in tree:
+        sound = _is_seal(tree, SEAL)
+    else:  # of an older version; or the name of the seal is damaged
+        sound = not any(_is_seal(tree, name) for name in tree)
+    if not sound:
+        raise ValueError("its checksum is another one: it was changed since it was written")
+
+
+def _is_seal(tree: KeyInputs, name: str) -> bool:
+    """Whether the value of a name is the checksum of all others."""
+    rest = {other: value for other, value in tree.items() if other != name}
+    return isinstance(tree[name], str) and len(tree[name]) == 64 and tree[name] == sealed(rest)[SEAL]
 
 
 def hash_tables(tables: Iterable[np.ndarray]) -> str:

@@ -324,14 +324,10 @@ def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:
             for line in differences(inputs[Level.INSTANCE]["boxes"], inputs[Level.BOXES]["boxes"], "boxes.")
         ]
     labels = inputs.get(Level.PSEUDO_LABEL, {})
-    have = {
-        level: key_of(inputs[level]) if level in inputs else "none" for level in (Level.INSTANCE, Level.NOUN) if labels
-    }
-    lines += [
-        f"pseudo_label and {level}: it was made from {labels[level]}, the set has {key}"
-        for level, key in have.items()
-        if labels[level] != key
-    ]
+    for level in (Level.INSTANCE, Level.NOUN) if labels else ():
+        have = key_of(inputs[level]) if level in inputs else "none"
+        if labels[level] != have:
+            lines.append(f"pseudo_label and {level}: it was made from {labels[level]}, the set has {have}")
     if lines:
         raise HdovdError(f"{url}: these levels cannot be used together:\n  " + "\n  ".join(lines))
 

@@ -34,7 +34,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
@@ -468,9 +468,13 @@ def unfinished_shards(folder: Folder, numbers: Sequence[int]) -> list[int]:
     """Shards that have no record, or another size than it says."""
     sizes = folder.sizes("")
     recorded = [number for number in numbers if _name(number, "json") in sizes]
-    texts = folder.read_many([_name(number, "json") for number in recorded])
-    bytes_of = {number: _parse(text).get("bytes") for number, text in zip(recorded, texts, strict=True)}
-    return [n for n in numbers if n not in bytes_of or sizes.get(_name(n, "tar")) != bytes_of[n]]
+    records = [_parse(text) for text in folder.read_many([_name(number, "json") for number in recorded])]
+    whole = {
+        number
+        for number, record in zip(recorded, records, strict=True)
+        if sizes.get(_name(number, "tar")) == record.get("bytes")
+    }
+    return [number for number in numbers if number not in whole]
 
 
 def forget_shard(folder: Folder, number: int) -> None:
@@ -500,9 +504,11 @@ def _name(number: int, ending: str) -> str:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    with suppress(ValueError, TypeError):  # a damaged record records nothing
-        return {**json.loads(text)}
-    return {}
+    try:
+        record = json.loads(text)
+    except ValueError:  # a damaged record records nothing
+        record = None
+    return record if isinstance(record, dict) else {}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.cache.catalog import NAMED, FeatureSet, group_objects, read_run, read_set
-from hdovd.cache.identity import SEAL, differences, hash_tables, key_of, table_inputs
+from hdovd.cache.identity import SEAL, differences, hash_tables, key_of, require_seal, table_inputs
 from hdovd.cache.picture_files import LATER, known_files
 from hdovd.cache.product import Product, parse_record, record_of, recorded_parts
 from hdovd.cache.reader import FeatureCache
@@ -91,8 +91,10 @@ def unsealed_records(folder: Folder) -> list[str]:
     """Sets and runs of older versions, which have no checksum: what they say cannot be checked."""
     found = []
     for name in (*folder.sizes("sets"), *folder.sizes("runs")):
-        with suppress(ValueError):  # a finding
-            found += [name] * (SEAL not in json.loads(folder.read(name)))
+        with suppress(ValueError, TypeError, AttributeError):  # a finding
+            tree = json.loads(folder.read(name))
+            require_seal(tree)
+            found += [name] * (SEAL not in tree)
     return found
 
 

@@ -289,8 +289,10 @@ class JsonStream:
         """The next character that is no white space, at `_at`; empty at the end of the file."""
         while True:
             self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it always matches
-            if self._at < len(self._text) or not self._fill():
-                return self._text[self._at : self._at + 1]
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._fill():
+                return ""
 
     def _expect(self, character: str, complaint: str) -> None:
         if self._peek() != character:

@@ -253,7 +253,8 @@ def _image_row(value: Any, what: str) -> np.ndarray:
 def _unit(rows: np.ndarray, what: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    if len(bad := np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))):
+    bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+    if len(bad):
         raise Unfit(
             f"{what}: {len(bad)} of {len(rows)} rows cannot be normalised: zero or not finite (rows {shorten([*bad])})"
         )

@@ -101,9 +101,11 @@ def delete_garbage(
     left = _grown(busy, doomed)
     if without_set is not None:
         catalog.delete_set(without_set)
-    for prefix in [f"{entry.level}/{entry.key}" for entry in doomed if entry not in left]:
-        catalog.folder.delete(f"{prefix}/parts")  # first: without records nobody takes the rest for whole
-        catalog.folder.delete(prefix)
+    for entry in doomed:
+        if entry not in left:
+            prefix = f"{entry.level}/{entry.key}"
+            catalog.folder.delete(f"{prefix}/parts")  # first: without records nobody takes the rest for whole
+            catalog.folder.delete(prefix)
     for run in garbage.runs:
         catalog.folder.delete(run.file)
     catalog.folder.sweep()
@@ -261,6 +263,7 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
     lines += ['text embedding of "object": ' + ("there" if features.object_text else f"none{adds}")]
     if features.label_weights:
         lines += ["weight of pseudo labels, fitted to those of base boxes", *pair_lines(features.label_weights)]
+    lines += Skips(features.skipped).lines() or ["skipped: nothing"]
     failed = {
         image: reason
         for entry in mine
@@ -270,7 +273,6 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
     runs = [run for run in catalog.runs() if set(run.levels.items()) & set(features.levels.items())]
     return [
         *lines,
-        *(Skips(features.skipped).lines() or ["skipped: nothing"]),
         *_failed_lines(failed),
         f"runs that use it: {len(runs) or 'none'}",
         *(f"  {run.path}{'' if run.is_there else ' (gone)'}" for run in runs),
@@ -278,13 +280,13 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
 
 
 def _product_lines(entry: Entry, product: Product) -> list[str]:
+    parts = (
+        f", {counted(product.parts, 'part')} of at most {product.part_rows:,d} rows"
+        if product.parts
+        else ", tables alone"
+    )
     values = {
-        "state": f"{entry.state}, "
-        + (
-            f"{counted(product.parts, 'part')} of at most {product.part_rows:,d} rows"
-            if product.parts
-            else "tables alone"
-        ),
+        "state": entry.state + parts,
         "rows": f"{product.rows:,d}" + (f" of {product.dim} values" if product.dim else ""),
         "size": size(entry.size),
         "model": ", ".join(_model(entry)),

@@ -113,9 +113,9 @@ def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
     inputs, table = product.key_inputs, product.table
     by_id = {image.id: image for image in split.images}
     images = [by_id.get(image_id, GONE) for image_id in table("image_id").tolist()]
-    offset, box = (
-        (table("offset"), table("box")) if product.level is Level.INSTANCE else (np.zeros(1), np.zeros((0, 4)))
-    )
+    offset, box = np.zeros(1), np.zeros((0, 4))
+    if product.level is Level.INSTANCE:
+        offset, box = table("offset"), table("box")
     pictures = Pictures(images, split.path, offset, box, split.exif)
     embedder = embedders_of(teacher, pictures, recipe_of(inputs))[product.level]
     if "weights_sha256" in inputs["clip"]:

@@ -192,11 +192,9 @@ def _labels(
     if Level.NOUN not in cache.levels():
         return [((), None)] * len(crops)
     names, texts = cache.names(Level.NOUN), normalised_rows(cache.embeddings(Level.NOUN))
-    nouns, shares = (
-        (rows.top_noun, rows.top_weight)
-        if rows.top_noun.shape[1]
-        else (rows.noun[:, None], np.ones((len(crops), 1), np.float32))
-    )
+    nouns, shares = rows.noun[:, None], np.ones((len(crops), 1), np.float32)
+    if rows.top_noun.shape[1]:
+        nouns, shares = rows.top_noun, rows.top_weight
     found = list[tuple[tuple[Likeness, ...], float | None]]()
     for crop, row_nouns, row_shares in zip(crops, nouns.tolist(), shares.tolist(), strict=True):
         made_of = [pair for pair in zip(row_nouns, row_shares, strict=True) if pair[0] >= 0]
@@ -353,12 +351,12 @@ def draw_view(view: CacheView, picture: Image.Image | None, novel: Collection[st
     scale = LONG_SIDE / max(width, height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     most = None if view.reliability is None else view.reliability.scale
-    boxes = [
-        Labelled(tuple((np.array(row.box) * scale).tolist()), str(k), row_colour(row, most))
-        for k, row in sorted(  # what counts most is on top
-            enumerate(view.rows, 1), key=lambda one: (one[1].source is not Source.BASE_BOX, -(one[1].weight or 0.0))
-        )
-    ]
+    boxes = []
+    for k, row in sorted(  # what counts most is on top
+        enumerate(view.rows, 1), key=lambda one: (one[1].source is not Source.BASE_BOX, -(one[1].weight or 0.0))
+    ):
+        left, top, right, bottom = (v * scale for v in row.box)
+        boxes.append(Labelled((left, top, right, bottom), str(k), row_colour(row, most)))
     canvas = Image.new("RGB", (LONG_SIDE, size[1]), PAPER)  # as wide as the table, so that nothing is enlarged
     canvas.paste(picture.resize(size, Image.Resampling.LANCZOS) if picture else GONE, (0, 0, *size))
     sheet = ImageOps.expand(_draw_table(view, novel), (0, canvas.height, 0, 0), PAPER)  # above the table

@@ -365,6 +365,7 @@ class ExtractConfig(FeaturesOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """What another process needs to make the same products: JSON values, absolute paths."""
+        kind = "dense" if isinstance(self.recipe, DenseRecipe) else "crop"
         tree = {
             **{name: _plain(getattr(self, name)) for name in _MADE_FROM},
             "clip": f"local-dir:{_plain(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip,
@@ -372,11 +373,7 @@ class ExtractConfig(FeaturesOptions):
             if self.pretrained and is_file(self.pretrained)
             else self.pretrained,
             "protocol": _plain(Path(self.protocol)) if is_file(self.protocol) else self.protocol,
-            **(
-                {"dense": {"side": self.recipe.side}}
-                if isinstance(self.recipe, DenseRecipe)
-                else {"crop": self.recipe.inputs()}
-            ),
+            kind: {"side": self.recipe.side} if isinstance(self.recipe, DenseRecipe) else self.recipe.inputs(),
         }
         later = {
             **{name: _plain(getattr(self, name)) for name in _LATER_FILES},

@@ -154,23 +154,27 @@ def _compare(
     catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: Callable[[int], bool], *, retry_failed: bool
 ) -> None:
     product = catalog.find(plan.level, plan.key)
-    done = 0
-    if product is None:
-        nearest, lines = catalog.nearest(plan.level, plan.inputs)
-        plan.reason = f"no {plan.level} product yet" if nearest is None else "; ".join(lines)
-    else:
+    if product is not None:
         plan.part_rows, plan.missing = product.part_rows, product.missing()
         plan.redo = tuple(product.failed_parts()) if retry_failed else ()
-        again = f"tries again what could not be read: {counted(len(product.failed()), 'image')}" if plan.redo else ""
+        again = ""
+        if plan.redo:
+            again = f"tries again what could not be read: {counted(len(product.failed()), 'image')}"
+        if plan.redo and product.whole:
+            plan.donor, plan.reuse = product, np.where(_usable(product)[:-1], np.arange(product.rows), -1)
         if product.whole:
-            if plan.redo:
-                plan.donor, plan.reuse = product, np.where(_usable(product)[:-1], np.arange(product.rows), -1)
             plan.decision, plan.reason = "extract" if plan.redo else "hit", again
             return
+        _find_donor(catalog, plan, table, read_alike)
         done = product.parts - len(plan.missing)
+        plan.decision = "extend" if done or plan.donor else "extract"
         plan.reason = f"goes on: {done} of {product.parts} parts are done" + (f"; {again}" if again else "")
+        return
+    nearest, lines = catalog.nearest(plan.level, plan.inputs)
+    plan.reason = f"no {plan.level} product yet" if nearest is None else "; ".join(lines)
     _find_donor(catalog, plan, table, read_alike)
-    plan.decision = "extend" if done or plan.donor else "extract"
+    if plan.donor is not None:
+        plan.decision = "extend"
 
 
 def _find_donor(catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: Callable[[int], bool]) -> None:

@@ -26,6 +26,7 @@ Run = Callable[[ExtractConfig], object]
 LOOK_EVERY_S = 2.0  # at what is done
 SHARDS = 4  # for each worker that the Ray cluster has room for
 DEATHS = 3  # of Ray's workers at one shard: then it is no accident
+DEFAULTS = {"jobs": 1, "name": "hdovd", "timeout_min": 240}
 
 
 def extract_shard(run: Run, config: ExtractConfig) -> None:
@@ -132,13 +133,8 @@ def do_with_submitit(extraction: Extraction, config: ExtractConfig, run: Run) ->
     """
     import submitit
 
-    settings: dict[str, Any] = {
-        "jobs": 1,
-        "name": "hdovd",
-        "timeout_min": 240,
-        "folder": str(user_cache_folder() / "jobs"),
-        **({} if config.submitit is None else read_toml(config.submitit, "settings of submitit")),
-    }
+    given = {} if config.submitit is None else read_toml(config.submitit, "settings of submitit")
+    settings: dict[str, Any] = DEFAULTS | {"folder": str(user_cache_folder() / "jobs")} | given
     count, folder, cluster = (settings.pop(name, None) for name in ("jobs", "folder", "cluster"))
     try:
         shares = [Share(index, count) for index in range(count)]

@@ -249,7 +249,8 @@ def export_crops(config: ExportConfig) -> None:
     for row in mine:
         x, y, right, bottom = rows.box[row].astype(float).tolist()
         about = {"row": row, "image_id": int(of_image[row]), "bbox": [x, y, right - x, bottom - y]}
-        lines.append(json.dumps(about | {"names": {nouns[rows.noun[row]]: 1.0} if rows.noun[row] >= 0 else {}}) + "\n")
+        names = {nouns[rows.noun[row]]: 1.0} if rows.noun[row] >= 0 else {}
+        lines.append(json.dumps(about | {"names": names}) + "\n")
     write_text(out / QUESTIONS, "".join(lines))
 
     @lru_cache(1)  # the crops of an image come one after the other

@@ -74,9 +74,8 @@ class BoxTable:
         """The images that have rows between `start` and `stop`."""
         if stop <= start:
             return range(0)
-        return range(
-            int(np.searchsorted(self.offset, start, "right")) - 1, int(np.searchsorted(self.offset, stop, "left"))
-        )
+        first = int(np.searchsorted(self.offset, start, "right")) - 1
+        return range(first, int(np.searchsorted(self.offset, stop, "left")))
 
 
 def box_table(

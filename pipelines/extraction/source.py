@@ -172,7 +172,8 @@ def cache_of(run: RunFolder) -> FeatureCache:
     """
     from hdovd.cache.reader import FeatureCache
 
-    return FeatureCache(*set_of_run(run)[:2])
+    where, name, _ = set_of_run(run)
+    return FeatureCache(where, name)
 
 
 def data_of_cache(run: RunFolder, cache: Path | str | None = None, give: str = DATA_AND_PROTOCOL) -> DataPaths:

@@ -247,10 +247,12 @@ def _choice(config: SearchConfig, searched: Searched) -> Choice:
 
     def chosen(rows: InstanceRows) -> np.ndarray:
         of_source, of_noun = rows.source == source, (rows.noun == noun) | (rows.top_noun == noun).any(axis=1)
-        of_class = np.ones(len(rows.box), bool) if label is None else searched.labels_of(rows) == label
-        sides = rows.box[:, 2:] - rows.box[:, :2]
+        sides, of_class = rows.box[:, 2:] - rows.box[:, :2], np.ones(len(rows.box), bool)
+        if label is not None:
+            of_class = searched.labels_of(rows) == label
         enough = (sides.min(axis=1) >= config.min_side) & (rows.score >= config.score)
-        return np.asarray(enough & of_class & (of_source | (config.source is None)) & (of_noun | (config.noun is None)))
+        fit = enough & of_class & (of_source | (config.source is None)) & (of_noun | (config.noun is None))
+        return np.asarray(fit)
 
     return chosen
 

@@ -9,7 +9,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -352,18 +352,18 @@ def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str
     """
     if pretrained is None or open_clip.get_pretrained_cfg(model, pretrained):
         return None, ""
-    default = open_clip.transform.PreprocessCfg()
-    told = (
-        open_clip.transform.merge_preprocess_dict(default, open_clip.get_pretrained_cfg(model, tag))
-        for tag in open_clip.list_pretrained_tags_by_model(model)
-    )
-    known = [{name: one[name] for name in ("mean", "std", "interpolation", "resize_mode")} for one in told]
-    if known and all(wanted == known[0] for wanted in known):
+    default, known = asdict(open_clip.transform.PreprocessCfg()), []
+    for tag in open_clip.list_pretrained_tags_by_model(model):
+        told = open_clip.transform.merge_preprocess_dict(default, open_clip.get_pretrained_cfg(model, tag))
+        wanted = {name: told[name] for name in ("mean", "std", "interpolation", "resize_mode")}
+        if wanted not in known:
+            known.append(wanted)
+    if len(known) == 1:
         return known[0], f"; that of all weights that open_clip knows for {model}, as a file does not say"
-    return None, (
+    note = (
         f"; open_clip's default for {model}, as a file does not say: where its weights want another, give their tag, "
-        "or local-dir:PATH"
     )
+    return None, note + "or local-dir:PATH"
 
 
 def _activation(

@@ -91,11 +91,12 @@ def test_closed_streams(closed: str, world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "content", "code", "said"),
     [
+        ("logging", KILLS_ITSELF, -signal.SIGINT, ""),
         ("typer", KILLS_ITSELF, -signal.SIGINT, ""),
         ("pydantic", KILLS_ITSELF, 130, "stopped\n"),
         ("pydantic", SWALLOWS_IT, 130, "stopped\n"),
     ],
-    ids=["before there is a command line", "within a command", "swallowed by a module"],
+    ids=["in the package itself", "before there is a command line", "within a command", "swallowed by a module"],
 )
 def test_interrupted_while_modules_are_imported(
     module: str, content: str, code: int, said: str, tmp_path: Path
