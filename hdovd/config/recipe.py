@@ -191,8 +191,9 @@ class Recipe(Section):
 
     def with_precision(self, precision: str) -> "Recipe":
         """The recipe trained in this precision, where its own is auto."""
-        train = self.train.model_copy(update={"precision": precision})
-        return self.model_copy(update={"train": train}) if self.train.precision == AUTO else self
+        if self.train.precision != AUTO:
+            return self
+        return self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
 
     @property
     def faster_rcnn(self) -> FasterRCNNConfig:

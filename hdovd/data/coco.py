@@ -333,7 +333,9 @@ def _lists(
     fault: HdovdError | None = None
     stream, strange = JsonStream(file, "annotations"), False
     for key, item in stream:
-        if key in _PARTS and (key not in stream.lists or not isinstance(item, dict)):
+        if key not in _PARTS:
+            continue
+        if key not in stream.lists or not isinstance(item, dict):
             strange = True
         elif key == "annotations" and fault is None:
             try:

@@ -62,7 +62,9 @@ def sample_balanced(
 def _lowest(lot: Tensor, allowed: Tensor, most: int, wanted: Tensor | None) -> Tensor:
     """(n,) bool: the `most` allowed ones with the lowest lots, or the first `wanted` () of those."""
     places = lot.masked_fill(~allowed, 2.0).topk(min(most, len(lot)), largest=False).indices
-    keep = torch.arange(len(places), device=lot.device) < (most if wanted is None else wanted)
+    keep = torch.ones_like(places, dtype=torch.bool)
+    if wanted is not None:
+        keep = torch.arange(len(places), device=lot.device) < wanted
     return torch.zeros_like(allowed).scatter(0, places, keep) & allowed
 
 

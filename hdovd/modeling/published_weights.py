@@ -26,8 +26,10 @@ class Published:
 
     def own_name(self, name: str) -> str | None:
         """Our name of a tensor of theirs, None for one that is not of this detector."""
-        matches = ((re.fullmatch(theirs, name), ours) for theirs, ours in self.names)
-        return next((found.expand(ours) for found, ours in matches if found), None)
+        for theirs, ours in self.names:
+            if found := re.fullmatch(theirs, name):
+                return found.expand(ours)
+        return None
 
 
 _BOTH = (

@@ -120,11 +120,8 @@ def plan(config: AblateConfig) -> list[Planned]:
 
 def level_keys(config: AblateConfig) -> dict[str, Any]:
     """The keys of the levels that all runs read, as the record of a run has them. Raises HdovdError."""
-    features = (
-        TarShards(str(config.cache)).meta.features
-        if is_tar_form(config.cache)
-        else FeatureCache(config.cache, config.features).set
-    )
+    tar = is_tar_form(config.cache)
+    features = TarShards(str(config.cache)).meta.features if tar else FeatureCache(config.cache, config.features).set
     return {str(level): {"key": key} for level, key in features.levels.items()}
 
 

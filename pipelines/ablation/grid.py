@@ -290,20 +290,18 @@ def latex(table: AblationTable) -> str:
     """A booktabs table."""
     head, rows = _texts(table)
     values = len(head) - len(table.metrics) - 1
-    return "\n".join(
-        [
-            "% \\usepackage{booktabs, amssymb}",
-            *(f"% {line}" for line in (table.note, *_marks(table))),
-            f"\\begin{{tabular}}{{{'l' * values}{'r' * (len(head) - values)}}}",
-            "\\toprule",
-            " & ".join(map(tex, head)) + r" \\",
-            "\\midrule",
-            *(" & ".join(map(tex, row)) + r" \\" for row in rows),
-            "\\bottomrule",
-            "\\end{tabular}",
-            "",
-        ]
-    )
+    lines = [
+        "% \\usepackage{booktabs, amssymb}",
+        *(f"% {line}" for line in (table.note, *_marks(table))),
+        f"\\begin{{tabular}}{{{'l' * values}{'r' * (len(head) - values)}}}",
+        "\\toprule",
+        " & ".join(map(tex, head)) + r" \\",
+        "\\midrule",
+        *(" & ".join(map(tex, row)) + r" \\" for row in rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def comma_separated(table: AblationTable) -> str:

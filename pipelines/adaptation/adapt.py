@@ -306,7 +306,8 @@ def _mix(
         if kept and (reached := (found["new"] or 0, one)) > best:
             best = reached
             new.save_model(model)
-    new.remove("metrics.json", "detections.json")  # of other weights
+    for name in ("metrics.json", "detections.json"):  # of other weights
+        (new.path / name).unlink(missing_ok=True)
     trained_on = f", {len(data.judging)} of which were trained on" if data.few else ""
     log(
         f"the weights of {new.path} are {best[1]:g} new and {1 - best[1]:g} of RUN, by {len(judging)} pictures"

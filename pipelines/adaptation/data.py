@@ -81,13 +81,9 @@ def class_rows(run: RunFolder, cache: FeatureCache, names: Sequence[str]) -> dic
     wrong = [f"embeddings have {cache.dim} values, expected {dim}"] if cache.dim != dim else []
     same = own.keys() - set(value_at(run.record(), "adapted.examples") or [])  # the others are not of names alone
     cosines = {} if wrong else {name: float(row @ own[name]) for name, row in there.items() if name in same}
+    wrong += [f"that of {name!r} is another one, cosine {at:.3f}" for name, at in cosines.items() if at < SAME_TEXT]
     wrong += [
-        *(f"that of {name!r} is another one, cosine {at:.3f}" for name, at in cosines.items() if at < SAME_TEXT),
-        *(
-            f"{k} differs"
-            for k in ORIGIN
-            if inputs and value_at(cache.key_inputs(Level.CLASS), k) != value_at(inputs, k)
-        ),
+        f"{k} differs" for k in ORIGIN if inputs and value_at(cache.key_inputs(Level.CLASS), k) != value_at(inputs, k)
     ]
     if wrong:
         raise HdovdError(
@@ -163,6 +159,8 @@ def mix_examples(data: JudgedSet, names: Sequence[str], gap: Gap) -> dict[str, n
     the texts, or the mean with its name's: whichever names most boxes rightly, CLEAR more at least, each of its boxes
     by the others alone. It is told.
     """
+    if not names:
+        return {}
     found = [(t.labels, t.embeddings) for t in map(data.targets, {image.id: image for image in data.images}.values())]
     label, rows = torch.cat([one for one, _ in found]), torch.cat([two for _, two in found])
     label, rows = label[rows.any(dim=1)], F.normalize(rows[rows.any(dim=1)], dim=1)  # zeros: not in the cache

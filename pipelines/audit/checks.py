@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.cache import Level, Source, hash_file, require_seal
-from hdovd.cache.hub import local_run
+from hdovd.cache import Level, Source, hash_file, local_run, require_seal
 from hdovd.cache.reader import FeatureCache
 from hdovd.core import HdovdError, shorten
 from hdovd.core.text_files import read_json

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache import DEFAULT_SET, Catalog
-from hdovd.cache.hub import local_run
+from hdovd.cache import DEFAULT_SET, Catalog, local_run
 from hdovd.core import HdovdError, require_files
 from hdovd.data import load_protocol
 from hdovd.pipelines.common.options import DataOptions, Features, Option

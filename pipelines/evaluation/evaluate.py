@@ -120,15 +120,14 @@ class Validation:
         """Detections in the split's order, with both scores and split-blind; None for the latter if there is one score
         alone. As `run`, with texts on the device.
         """
+        devices = (
+            [self.device] if self.device.type == "cuda" else []
+        )  # whose generators are kept: a DataLoader draws its seed
         is_novel = torch.arange(len(self.protocol.names), device=self.device) >= len(self.protocol.base)
         ordered = Mapped([self.split.images[k] for k in self._order], partial(read_pixels, self.split))
         batches = Batches(ordered, self.batch_size, self.workers, device=self.device)
         combined, blind = list[Detections](), list[Detections]()
-        with (
-            _evaluating(model),
-            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),  # a DataLoader draws its seed
-            inference_autocast(self.device, model.recipe),
-        ):
+        with _evaluating(model), torch.random.fork_rng(devices), inference_autocast(self.device, model.recipe):
             for pictures in progress(batches, "eval", "batch", len(batches)):
                 predictions = model.predict([picture.to(self.device, non_blocking=True) for picture in pictures], texts)
                 combined += detect_batch(predictions, is_novel, model.recipe.inference)
@@ -199,12 +198,11 @@ def evaluate(job: EvalConfig) -> EvalResult:
         )
     result = evaluate_by(job, protocol, run.class_embeddings(), run.path)
     if job.track:
-        entry = {"step": max((logged["step"] for logged in run.entries()), default=0)} | {
-            f"eval_{group}": value for group, value in result.combined.summary()[protocol.metric].items()
-        }
+        step = max((entry["step"] for entry in run.entries()), default=0)
+        ap = {f"eval_{group}": value for group, value in result.combined.summary()[protocol.metric].items()}
         with tracking(run, job.track) as tracked:
             for name in tracked.trackers:
-                tracked.send(entry, name)
+                tracked.send({"step": step, **ap}, name)
     return result
 
 
@@ -248,7 +246,8 @@ def evaluate_by(job: EvalConfig, protocol: Protocol, texts: Tensor, out: Path) -
     write_text(files[0], json.dumps(metrics, indent=1))
     if run.saw_novel and protocol.base:
         log(f"oracle: boxes of novel classes were trained on; this AP is {UPPER_BOUND}")
-    files += draw_detections(split, found.detections, protocol, out / "pictures", job.pictures)
+    if job.pictures:
+        files += draw_detections(split, found.detections, protocol, out / "pictures", job.pictures)
     return EvalResult(found.detections, combined, blind, errors, alpha, beta, files)
 
 

@@ -112,15 +112,17 @@ def largest_difference(one: Detections, other: Detections, config: InferenceConf
     One without such a partner counts by how far its score is above what the other side cut off: the threshold, or its
     last detection if it has as many as are allowed.
     """
-    finite = all(values.isfinite().all() for values in (one.boxes, other.boxes, other.scores))
-    return max(_from(one, other, config), _from(other, one, config)) if finite else math.inf
+    if not (one.boxes.isfinite().all() and other.boxes.isfinite().all() and other.scores.isfinite().all()):
+        return math.inf
+    return max(_from(one, other, config), _from(other, one, config))
 
 
 def _from(one: Detections, other: Detections, config: InferenceConfig) -> float:
     if not len(one.scores):
         return 0.0
     full = len(other.scores) >= config.detections_per_image
-    nearest = (one.scores - (other.scores.min().item() if full else config.score_threshold)).clamp(min=0)
+    cut = other.scores.min().item() if full else config.score_threshold
+    nearest = (one.scores - cut).clamp(min=0)
     if len(other.scores):
         rows, others = (torch.cat([d.boxes, d.scores[:, None]], dim=1) for d in (one, other))
         apart = (rows[:, None] - others).abs().amax(dim=2)

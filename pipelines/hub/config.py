@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache import Catalog
-from hdovd.cache.hub import hub_client, is_hub, repository
+from hdovd.cache import Catalog, is_hub
+from hdovd.cache.hub import hub_client, repository
 from hdovd.core import HdovdError, require_files
 from hdovd.pipelines.common.options import Option
 from hdovd.pipelines.runs.folder import RunFolder

@@ -7,9 +7,9 @@ from typing import Any
 
 import jinja2
 
-from hdovd.cache import Catalog, Level
+from hdovd.cache import Catalog, Level, is_hub
 from hdovd.cache.catalog import NAMED
-from hdovd.cache.hub import KINDS, LIST, file_list, hub_client, is_hub, repository
+from hdovd.cache.hub import KINDS, LIST, file_list, hub_client, repository
 from hdovd.config.recipe import outside_code
 from hdovd.core import HdovdError, __version__, counted, log, shorten
 from hdovd.core.text_files import read_json

@@ -122,9 +122,8 @@ def relabel(config: RelabelConfig) -> tuple[ExtractReport, str]:
         raise HdovdError(f"set {name} of {config.cache}, which {config.run} was trained from, names no pseudo boxes")
     moved = {key: getattr(config, key) for key in ("clip", "protocol") if getattr(config, key) is not None}
     moved |= {"pretrained": config.pretrained} if config.clip else {}
-    made = extraction_of(
-        features, config.cache, name, "another run: of a set that extract-clip made", device=config.device, **moved
-    )
+    given = "another run: of a set that extract-clip made"
+    made = extraction_of(features, config.cache, name, given, device=config.device, **moved)
     made = replace(made, features=name, data=laid_over(config.data or DataPaths(), made.data))
     if load_protocol(made.protocol).base != run.protocol().base:
         raise HdovdError(f"protocol {made.protocol} has other base classes than {config.run}: give that of the run")
@@ -253,13 +252,12 @@ def _write(config: RelabelConfig, parts: Parts, before: int, per_mention: float 
     write_verdicts(config.verdicts, lines())
     least = float(scores[offered:].min(initial=1.0))
     selection = origin["selection"] | {"min_score": least, "on_object": round(float(scores.mean()), 4)}
+    made_by = origin | {"selection": selection, "verdicts_sha256": hash_file(config.verdicts)}
     kept = {
         image_id: Proposals(own.boxes[: most[image_id]], _scores(own.scores[: most[image_id]]))
         for image_id, own in found.items()
     }
-    count = write_proposals(  # the last: with what made them, both are there
-        config.proposals, kept, origin | {"selection": selection, "verdicts_sha256": hash_file(config.verdicts)}
-    )
+    count = write_proposals(config.proposals, kept, made_by)  # the last: with what made them, both are there
     shutil.rmtree(parts.folder, ignore_errors=True)
     log(
         f"wrote {config.proposals} and {config.verdicts.name}: {count:,d} proposals for {len(kept):,d} images "

@@ -185,7 +185,8 @@ class RunHooks(Hooks):
         self._record(
             {"step": loop.step_number, "epoch": epoch} | {f"val_{group}": value for group, value in ap50.items()}
         )
-        if (base := ap50["base"]) is not None and base > self.best:
+        base = ap50["base"]
+        if base is not None and base > self.best:
             self.best = base
             self.run.save_model(loop.result, "best.safetensors")
             line += "; best of base classes so far"

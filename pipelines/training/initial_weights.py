@@ -77,12 +77,10 @@ def require_same_init(init: Path | None, run: RunFolder) -> None:
     """
     began = run.record().get("init")
     asked = None if init is None else str(local_run(init).resolve())
-    if asked != (began and began["run"]) and not (
-        init is not None
-        and began is not None
-        and (Path(str(asked)) / Weights.LAST.file).is_file()
-        and init_hash(init) == began["sha256"]
-    ):
+    same = asked == (began and began["run"])
+    if not same and init is not None and began is not None and (Path(str(asked)) / Weights.LAST.file).is_file():
+        same = init_hash(init) == began["sha256"]
+    if not same:
         raise HdovdError(
             f"{run.path} began otherwise:\n  --init differs: asked for {init or 'none'}, began with "
             f"{began['run'] if began else 'none'}\nGo on with what it began with, or give another --out"
@@ -131,16 +129,16 @@ def _of_detector(names: Iterable[str], model: Detector, other: Recipe) -> list[s
     """Those of `names`, which `model` has, that it has with the other recipe's losses too: the losses are no reason for
     them. What is there for training alone may come and go.
     """
+    wanted = [name for name in names if not name.endswith(COUNTS) and not name.startswith(model.training_parts)]
     recipe = model.recipe.model_copy(update={"loss": other.loss})
     has = build_detector(recipe, model.dim, initialise=False).state_dict()
-    return [n for n in names if n in has and not n.endswith(COUNTS) and not n.startswith(model.training_parts)]
+    return [name for name in wanted if name in has]
 
 
 def _detector_lines(asked: Recipe, there: Recipe, name: str) -> list[str]:
     """The values in which two detectors differ, those too that no shape tells."""
-    ours, theirs = (  # weights of a backbone are loaded
-        recipe.detector.model_dump(mode="json", exclude={"backbone": {"weights"}}) for recipe in (asked, there)
-    )
+    neither = {"backbone": {"weights"}}  # is loaded
+    ours, theirs = (recipe.detector.model_dump(mode="json", exclude=neither) for recipe in (asked, there))
     return differences(ours, theirs, "detector.", sides=("this recipe", name))
 
 

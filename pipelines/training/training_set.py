@@ -50,21 +50,26 @@ class TrainingSet(Dataset[Sample]):
         """Raises HdovdError if a level of the cache that the recipe uses does not fit the split."""
         self.split, self.recipe = split, recipe
         self.cache, self.features, self.dim = cache, cache.set, cache.dim
-        if recipe.loss.uses_cache:
-            cache.require_together()
-            require_exif({level: cache.key_inputs(level) for level in cache.levels()}, split.exif, cache.url)
-            wanted, boxed = inputs_of(split, cache), recipe.loss.uses_pseudo_boxes
-            held = [Level.IMAGE] * recipe.loss.image.enabled + [Level.INSTANCE] * boxed
-            for level in [Level.BOXES] * boxed + held:
-                cache.require(level, wanted[level])
-            for level in held:
-                cache.hold(level)
+        self._check()
         failed = cache.failed()  # left out of base-only runs too: runs that are compared see the same images
         self.images = [image for image in split.images if image.id not in failed]
         tell_failed(failed, len(self.images), "the cache says", f"of {split.annotations} has embeddings in {cache.url}")
         self.images = repeated(self.images, recipe)
         has_nouns = uses_nouns(recipe.loss, cache.levels(), cache.url)
         self.nouns = torch.from_numpy(cache.embeddings(Level.NOUN)) if has_nouns else torch.zeros(0, cache.dim)
+
+    def _check(self) -> None:
+        loss, cache = self.recipe.loss, self.cache
+        if not loss.uses_cache:
+            return
+        cache.require_together()
+        require_exif({level: cache.key_inputs(level) for level in cache.levels()}, self.split.exif, cache.url)
+        wanted = inputs_of(self.split, cache)
+        held = [Level.IMAGE] * loss.image.enabled + [Level.INSTANCE] * loss.uses_pseudo_boxes
+        for level in [Level.BOXES] * loss.uses_pseudo_boxes + held:
+            cache.require(level, wanted[level])
+        for level in held:
+            cache.hold(level)
 
     def __len__(self) -> int:
         return len(self.images)

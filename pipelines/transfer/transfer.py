@@ -78,7 +78,8 @@ def protocol_of(
     Args:
         own: the run's classes, which keep their names. trained: those of them with boxes in training.
     """
-    found = read_instances(*data.locate("val2017"))
+    annotations, folder = data.locate("val2017")
+    found = read_instances(annotations, folder)
     names = tuple(found.names.values())
     kept, known = set(map(folded, own)), set[str]().union(*map(_calls, trained))
     said = {name: (name,) if folded(name) in kept else spoken(name) for name in names}
@@ -91,7 +92,9 @@ def protocol_of(
     )
     groups = {name: own for name, own in ((SEEN, seen), (UNSEEN, unseen)) if own}
     protocol = Protocol(ZERO_SHOT, (), names, keep_empty_val=True, groups=groups)
-    return replace(protocol, federated=True, max_detections=LVIS_DETECTIONS) if found.absent else protocol, said
+    if found.absent:
+        protocol = replace(protocol, federated=True, max_detections=LVIS_DETECTIONS)
+    return protocol, said
 
 
 def embed(embedder: NameEmbedder, calls: Sequence[tuple[str, ...]]) -> Tensor:
@@ -113,8 +116,10 @@ def _calls(name: str) -> set[str]:
 def spoken(name: str) -> tuple[str, ...]:
     """What a class is called in prompts: `tvmonitor` is a tv or a monitor, `Cabinet/shelf` a cabinet or a shelf."""
     plain = folded(name)
+    if plain in _synonyms():
+        return _synonyms()[plain]
     parts = tuple(part.strip() for part in plain.split("/") if part.strip())
-    return _synonyms().get(plain, parts if len(parts) > 1 else (name,))
+    return parts if len(parts) > 1 else (name,)
 
 
 def transfer_table(found: Mapping[str, EvalResult]) -> str:
@@ -132,10 +137,8 @@ def transfer_table(found: Mapping[str, EvalResult]) -> str:
             for value in (*(summary[kind].get(group) for group in groups), blind[kind]["all"])
         ]
         rows.append((name, f"{len(one.detections):,d}", f"{len(one.combined.protocol.novel):,d}", *numbers))
-    return "\n".join(
-        [
-            *table_lines(head, rows, set(head[1:])),
-            "AP in percent, of both scores, combined as novel classes' are; split-blind: all classes by the "
-            "classification score alone; seen: the run was trained on boxes of a class that is called so",
-        ]
+    about = (
+        "AP in percent, of both scores, combined as novel classes' are; split-blind: all classes by the "
+        "classification score alone; seen: the run was trained on boxes of a class that is called so"
     )
+    return "\n".join([*table_lines(head, rows, set(head[1:])), about])

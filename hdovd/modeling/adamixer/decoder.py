@@ -187,10 +187,10 @@ class DecoderStage(QueryStage):
     def _initialise(self) -> None:
         """Xavier but where it says otherwise: boxes stay, points lie within half a side, one level finer than the
         box."""
-        parts = nn.ModuleList([self.attention, self.feedforward, self.class_feature, self.deltas, self.objectness])
-        for weight in parts.parameters():
-            if weight.dim() > 1:
-                nn.init.xavier_uniform_(weight)
+        for part in (self.attention, self.feedforward, self.class_feature, self.deltas, self.objectness):
+            for weight in part.parameters():
+                if weight.dim() > 1:
+                    nn.init.xavier_uniform_(weight)
         with torch.no_grad():
             for start in self.deltas[-1].parameters():
                 start.zero_()

@@ -126,8 +126,9 @@ class LevelAttention(nn.Module):
     def forward(self, pixels: Tensor, inside: Tensor) -> Tensor:
         """(N, C, h, w) -> the same. No cell outside is looked at."""
         cells = pixels.flatten(2).transpose(1, 2)
+        position = cell_positions(pixels)
         bias = torch.where(inside.flatten(1)[:, None, None], 0.0, -torch.inf)
-        cells = self.attention_norm(cells + self.attention(cells, cell_positions(pixels), bias))
+        cells = self.attention_norm(cells + self.attention(cells, position, bias))
         cells = self.feedforward_norm(cells + self.feedforward(cells))
         return cast(Tensor, cells.transpose(1, 2).unflatten(2, pixels.shape[-2:]))
 
@@ -285,14 +286,10 @@ class GridSampling(nn.Module):
     def forward(self, boxes: Tensor, maps: list[Tensor], inside: list[Tensor]) -> Tensor:
         """(N, Q, C). Arguments are as those of `DeformableAttention`."""
         grid = 2 * (boxes[:, :, None, :2] + self.places * boxes[:, :, None, 2:]) - 1
-        levels = (
-            values(pixels).float() * within[:, None]
-            for values, pixels, within in zip(self.values, maps, inside, strict=True)
-        )
-        found = sum(
-            (F.grid_sample(level, grid, align_corners=False) for level in levels),  # (N, C / 2, Q, G)
-            start=torch.zeros((), device=boxes.device),
-        )
+        found = torch.zeros((), device=boxes.device)
+        for values, pixels, within in zip(self.values, maps, inside, strict=True):
+            level = values(pixels).float() * within[:, None]
+            found = found + F.grid_sample(level, grid, align_corners=False)  # (N, C / 2, Q, G)
         return cast(Tensor, self.out(found.permute(0, 2, 3, 1).flatten(2)))
 
 
