@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Annotated, Any, ClassVar
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from hdovd.core import HdovdError, Stopped, __version__, is_printed, lines_to, system_line
@@ -21,10 +21,12 @@ _interrupts: list[int] = []
 class Group(TyperGroup):
     """A group whose help shows the first paragraph of each command's help, whole."""
 
+    def line_of(self, name: str) -> str:
+        return " ".join((self.commands[name].help or "").split("\n\n")[0].split())
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        helps = {name: (self.commands[name].help or "").split("\n\n")[0] for name in self.list_commands(ctx)}
         with formatter.section("Commands"):
-            formatter.write_dl([(name, " ".join(text.split())) for name, text in helps.items()])
+            formatter.write_dl([(name, self.line_of(name)) for name in self.list_commands(ctx)])
 
 
 def new_app(cls: type[TyperGroup] = Group, **settings: Any) -> typer.Typer:
@@ -80,9 +82,10 @@ class _Commands(Group):
 
     def __init__(self, **settings: Any) -> None:
         # What is listed, and what a mistyped name is compared with.
-        super().__init__(
-            **settings | {"commands": {name: TyperCommand(name, help=self.table[name]) for name in self.table}}
-        )
+        super().__init__(**settings | {"commands": dict(self.table)})
+
+    def line_of(self, name: str) -> str:
+        return self.table[name]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import the command and put the words of the table before its own help."""

@@ -301,10 +301,11 @@ def _judge_weights(audited: Audited, found: Check, weights: Path) -> str:
             f"the backbone started from {weights}, which is not here: what made it is not known; run the audit where "
             f"it is (a relative path counts from the folder that hdovd train ran in)"
         )
-    record = None
-    # a .pth, or damaged: neither has a record
-    with suppress(SafetensorError, OSError, ValueError, RecursionError), safe_open(weights, "np") as tensors:
-        record = json.loads((tensors.metadata() or {}).get("made_by", "null"))
+    try:
+        with safe_open(weights, "np") as tensors:
+            record = json.loads((tensors.metadata() or {}).get("made_by", "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError):  # a .pth, or damaged: neither has a record
+        record = None
     if not isinstance(record, dict):
         _judge_name(audited, found, str(weights))
         return found.cannot(

@@ -152,11 +152,8 @@ def cpu_bf16(features: set[str] | None, capability: str, onednn_limit: str) -> t
     """
     known = [name for feature, name in NATIVE.items() if feature in (features or ())]
     if not known:
-        return False, (
-            "this CPU does not say whether it has bf16"
-            if features is None
-            else f"this CPU has no bf16 of its own ({capability})"
-        )
+        unknown = "this CPU does not say whether it has bf16"
+        return False, unknown if features is None else f"this CPU has no bf16 of its own ({capability})"
     limited = onednn_limit and not any(p in onednn_limit.upper() for p in ("BF16", "AMX", "AVX10", "DEFAULT"))
     if "bf16" not in known and (limited or not capability.startswith(("AVX512", "AVX10"))):
         return False, f"torch is held to {capability} here, without bf16"
@@ -230,7 +227,8 @@ class Team:
             return list(flags)
         values = torch.tensor(flags)
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.control)
-        return list(values.tolist())
+        found: list[int] = values.tolist()
+        return found
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, by rank."""

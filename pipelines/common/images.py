@@ -349,5 +349,7 @@ def _is_picture(data: bytes) -> bool:
     try:
         with open_picture(io.BytesIO(data)):
             return True
-    except Exception as error:  # a list of paths, or nothing
-        return isinstance(error, HdovdError)  # of too many pixels
+    except HdovdError:  # of too many pixels
+        return True
+    except Exception:  # a list of paths, or nothing
+        return False

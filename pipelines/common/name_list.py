@@ -21,10 +21,11 @@ def read_vocabulary(path: Path, option: str = "--vocabulary", most: int = LONGES
     printed.
     """
     path = _SHIPPED / f"{GENERAL}.txt" if is_shipped(path) else path
+    lines = [line.strip() for line in read_text(path, option, "one a line").splitlines()]
     names = tuple(
         dict.fromkeys(
             checked_name(line, f"{option} {path}: line {number}", most)
-            for number, line in enumerate(map(str.strip, read_text(path, option, "one a line").splitlines()), start=1)
+            for number, line in enumerate(lines, start=1)
             if line and not line.startswith("#")
         )
     )

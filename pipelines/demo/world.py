@@ -248,7 +248,8 @@ def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 def _fill(size: tuple[int, int], colour: np.ndarray, rng: np.random.Generator) -> Image.Image:
     """A textured rectangle of one colour; `size` is (width, height)."""
-    y, x = np.mgrid[0 : size[1], 0 : size[0]].astype(np.float32)
+    width, height = size
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     kind = TEXTURES[rng.integers(len(TEXTURES))]
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 12)
     along = x * np.cos(angle) + y * np.sin(angle)

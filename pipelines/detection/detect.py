@@ -252,8 +252,9 @@ def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectionFolder:
 
 def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, job: DetectConfig) -> None:
     workers, numbered = min(workers_for(detector.device, job.workers), len(files)), enumerate(files, start=1)
+    batches = Batches(Mapped(files, _opened), job.batch_size, workers, device=detector.device)
     with progress(None, "detect", "image", total=len(files)) as bar:
-        for batch in Batches(Mapped(files, _opened), job.batch_size, workers, device=detector.device):
+        for batch in batches:
             found = iter(detector.find([one for one in batch if isinstance(one, Decoded)], job.threshold))
             for one in batch:  # in the order of the files
                 number, file = next(numbered)

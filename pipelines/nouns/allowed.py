@@ -63,7 +63,12 @@ def _reduced(word: str) -> str:
         return word
     if simplemma.is_known(word, lang="en"):
         return simplemma.lemmatize(word, lang="en").lower()
-    if word.endswith(("ss", "us", "sis")):  # from here on words that no dictionary has: coatracks, tvs, corkboards
+    return _by_rule(word)
+
+
+def _by_rule(word: str) -> str:
+    """For words that no dictionary has: coatracks, tvs, corkboards."""
+    if word.endswith(("ss", "us", "sis")):
         return word
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"

@@ -91,17 +91,7 @@ class ProposeConfig(NetworkOptions, DataOptions):
         if self.out is not None:
             require_proposal_file(self.out)
         if self.report:
-            if self.validation is None:
-                raise HdovdError(
-                    "--report counts on validation pictures: there are none under --data; give --val-images and "
-                    "--val-annotations"
-                )
-            self.validation.locate("val2017")
-            if self.trained and self.out is None:
-                raise HdovdError(
-                    f"--report trains {' and '.join(self.trained)}, and keeps the networks beside --out FILE, for "
-                    f"proposals later: give --out, or trained networks with --checkpoint"
-                )
+            self._check_report()
         elif self.out is None:
             raise HdovdError("--out FILE is missing: the proposal file to write (or --report, to count recall alone)")
         elif len(self.detector) > 1 or len(self.checkpoint) > 1:
@@ -113,6 +103,19 @@ class ProposeConfig(NetworkOptions, DataOptions):
         for file in self.checkpoint:
             if not file.is_file():
                 raise HdovdError(f"no file {file}: expected a network of hdovd propose (NAME.oln.safetensors)")
+
+    def _check_report(self) -> None:
+        if self.validation is None:
+            raise HdovdError(
+                "--report counts on validation pictures: there are none under --data; give --val-images and "
+                "--val-annotations"
+            )
+        self.validation.locate("val2017")
+        if self.trained and self.out is None:
+            raise HdovdError(
+                f"--report trains {' and '.join(self.trained)}, and keeps the networks beside --out FILE, for "
+                f"proposals later: give --out, or trained networks with --checkpoint"
+            )
 
     @property
     def trained(self) -> tuple[Detector, ...]:

@@ -94,10 +94,8 @@ def made_by(file: Path) -> dict[str, Any]:
     return _described(file)[1]
 
 
-def load_network(
-    file: Path, trusted: Recipe | None = None, device: torch.device | str = "cpu"
-) -> tuple[ProposalNetwork, dict[str, Any]]:
-    """A trained network, on a device and in evaluation mode, and what made it.
+def load_network(file: Path, trusted: Recipe | None = None) -> tuple[ProposalNetwork, dict[str, Any]]:
+    """A trained network, on the CPU, and what made it.
 
     A backbone that is code of the user's own is built only if `trusted`, the recipe given, names it too: a file must
     not choose what is imported.
@@ -122,7 +120,7 @@ def load_network(
         network.load_state_dict(load_tensors(file))
     except RuntimeError as error:
         raise HdovdError(f"{file} does not fit the recipe in its metadata: {error}") from error
-    return placed(network, torch.device(device)).eval(), origin
+    return network, origin
 
 
 def _described(file: Path) -> tuple[str, dict[str, Any]]:
@@ -206,9 +204,8 @@ def found_in(
     `find`: of a model that was trained by the recipe `trained_by`. `what`: the name of the progress bar.
     """
     config = pictures.recipe.train
-    batches = Batches(
-        Subset(pictures, numbers), config.batch_size, training_workers(us.device, config.workers), device=us.device
-    )
+    workers = training_workers(us.device, config.workers)
+    batches = Batches(Subset(pictures, numbers), config.batch_size, workers, device=us.device)
     for batch in progress(batches, what, "batch", len(batches) if us.leads else 0):
         with inference_autocast(us.device, trained_by):
             scored = find([picture.pixels.to(us.device) for picture in batch])
@@ -246,7 +243,8 @@ def trained_network(
             log(line)
         _train(job, file, split, wanted, state, us, stop)
     us.wait()
-    return load_network(file, recipe, us.device)
+    network, origin = load_network(file, recipe)
+    return placed(network, us.device).eval(), origin
 
 
 def _check_made_by(found: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
@@ -292,23 +290,19 @@ def _train(
     model = network if us.world == 1 else data_parallel(network)
 
     def losses_of(samples: list[Picture], epoch: int) -> dict[str, Tensor]:
-        return cast(
-            dict[str, Tensor],
-            model(
-                [s.pixels.to(us.device, non_blocking=True) for s in samples],
-                [s.boxes.to(us.device) for s in samples],
-                [key_of(config.seed, epoch, s.image_id) for s in samples],
-            ),
+        losses: dict[str, Tensor] = model(
+            [s.pixels.to(us.device, non_blocking=True) for s in samples],
+            [s.boxes.to(us.device) for s in samples],
+            [key_of(config.seed, epoch, s.image_id) for s in samples],
         )
+        return losses
 
     order = partial(plain_shuffle, len(split.images), config.seed)
     dealing = Dealing(order, config.batch_size, us.rank, us.world, config.accumulate)
-    batches = TrainingBatches(
-        Pictures(split, job.recipe), dealing, training_workers(us.device, config.workers), device=us.device
-    )
-    loop = Loop(
-        model, losses_of, batches, config, us.device, f"train {wanted['detector']}", lambda sample: sample.image_id
-    )
+    workers = training_workers(us.device, config.workers)
+    batches = TrainingBatches(Pictures(split, job.recipe), dealing, workers, device=us.device)
+    what = f"train {wanted['detector']}"
+    loop = Loop(model, losses_of, batches, config, us.device, what, lambda sample: sample.image_id)
     hooks = RunHooks(RunFolder(folder), network, us, stop, {"wanted": wanted}, job.save_minutes)
     if state is not None:
         hooks.restore(state, loop)
@@ -398,8 +392,8 @@ def _networks(
         for detector in job.trained:
             yield detector.value, trained_network(job, detector, split, us, stop)[0]
     for file in job.checkpoint:
-        network, origin = load_network(file, job.recipe, us.device)
-        yield f"{origin['detector']} {file.name}", network
+        network, origin = load_network(file, job.recipe)
+        yield f"{origin['detector']} {file.name}", placed(network, us.device).eval()
 
 
 def without_crowds(split: Split) -> Split:

@@ -42,7 +42,7 @@ from hdovd.core import HdovdError, counted, log, quiet, shorten
 from hdovd.data import ImageBoxes, Split, load_protocol
 from hdovd.modeling.proposals.networks import ProposalNetwork
 from hdovd.pipelines.common.atomic_write import replace_file
-from hdovd.pipelines.common.device import Team, team
+from hdovd.pipelines.common.device import Team, placed, team
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.proposal_files.file import NO_PROPOSALS, Proposals, ProposalTable, read_npz, write_proposals
@@ -304,7 +304,7 @@ def checkpointed(file: Path, job: ProposeConfig, us: Team) -> tuple[ProposalNetw
     """The network of --checkpoint, on the team's device, and what made it. Raises HdovdError if it saw boxes of novel
     classes.
     """
-    (network, origin), protocol = load_network(file, job.recipe, us.device), load_protocol(job.protocol)
+    (network, origin), protocol = load_network(file, job.recipe), load_protocol(job.protocol)
     known = sorted(set(origin["protocol"]["base"]).difference(protocol.base))
     if novel := [name for name in known if meaning(name) in map(meaning, protocol.novel)]:
         raise HdovdError(
@@ -313,7 +313,7 @@ def checkpointed(file: Path, job: ProposeConfig, us: Team) -> tuple[ProposalNetw
         )
     if known:
         log(f"{file} was trained on boxes of {shorten(known)}, which {job.protocol} does not name")
-    return network, origin
+    return placed(network, us.device).eval(), origin
 
 
 def _selection(
@@ -389,7 +389,7 @@ def _rehearsal(
         if len(known) < 2 or known[0] != known[1] or origins[1]["protocol"]["base"] != taught:
             log(f"what to keep is chosen by classes that the network has learnt: no {file.name} of its lies beside it")
             return None, out
-        return load_network(file, job.recipe, us.device)[0], out
+        return placed(load_network(file, job.recipe)[0], us.device).eval(), out
     seen = with_rows(split, (~np.isin(image.labels, out) for image in split.images))
     if not protocol.keep_empty_train:
         seen = replace(seen, images=[image for image in seen.images if len(image.boxes)])

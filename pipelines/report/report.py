@@ -177,6 +177,8 @@ def _lost(folder: RunFolder, split: Split) -> frozenset[int]:
 
 def names_of(paths: Sequence[Path]) -> list[str]:
     """What each path has of its own, beneath the folder that all lie in; of one alone its last part."""
+    if len(paths) == 1:
+        return [paths[0].name]
     common = Path(os.path.commonpath(paths))
     return [str(path.relative_to(common)) if path != common else path.name for path in paths]
 
