@@ -25,7 +25,7 @@ from arguments import parsed, workplace
 
 from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.core import HdovdError
-from hdovd.pipelines.runs.listing import table_lines
+from hdovd.pipelines.runs import table_lines
 
 KINDS = {  # name: how many times as many candidates are taken as are asked for
     "faiss IVF,SQ8": 2,

@@ -1,7 +1,7 @@
 """`hdovd import-checkpoint`."""
 
 from hdovd.cli.command import command
-from hdovd.pipelines.runs.config import ImportCheckpointConfig
+from hdovd.pipelines.runs import ImportCheckpointConfig
 
 
 @command

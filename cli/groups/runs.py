@@ -38,7 +38,8 @@ def ls(
 
     A run that is under way shows as stopped. A damaged run is listed, with what is wrong.
     """
-    from hdovd.pipelines.runs.listing import find_runs, read_run, run_lines, run_values
+    from hdovd.pipelines.runs import read_run
+    from hdovd.pipelines.runs.listing import find_runs, run_lines, run_values
 
     runs = [read_run(path) for path in find_runs(folders or [Path()])]
     typer.echo(json.dumps(run_values(runs), indent=1) if json_ else "\n".join(run_lines(runs)))

@@ -37,8 +37,7 @@ from hdovd.pipelines.ablation.grid import (
 )
 from hdovd.pipelines.common.process import Job, StopSignal, log_end, run_jobs, usable_cores
 from hdovd.pipelines.common.settings import value_at
-from hdovd.pipelines.runs.folder import RunFolder, init_hash
-from hdovd.pipelines.runs.listing import ORACLE, read_run
+from hdovd.pipelines.runs import ORACLE, RunFolder, init_hash, read_run
 
 LOCK = ".ablate.lock"
 STAGES = ("train", "eval")

@@ -19,8 +19,8 @@ from hdovd.data import GROUPS
 from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.settings import SWITCH, Settings, flat, in_full, short_names, shown_apart, value_at
-from hdovd.pipelines.runs.folder import UPPER_BOUND
-from hdovd.pipelines.runs.listing import ORACLE, Run, metric_of, table_groups
+from hdovd.pipelines.runs import ORACLE, UPPER_BOUND, Run, table_groups
+from hdovd.pipelines.runs.listing import metric_of
 
 SEED = "train.seed"
 BASE_ONLY = "base-only"

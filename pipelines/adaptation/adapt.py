@@ -53,8 +53,7 @@ from hdovd.pipelines.detection.names import Gap
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.evaluation.evaluate import Validation, load_detector, results
 from hdovd.pipelines.extraction.source import data_of_cache, extraction_of, set_of_run
-from hdovd.pipelines.runs.folder import RunFolder, Weights
-from hdovd.pipelines.runs.listing import ap, table_lines
+from hdovd.pipelines.runs import RunFolder, Weights, ap, table_lines
 from hdovd.pipelines.training.loop import weights_of
 from hdovd.pipelines.training.train import tell_cache, train_on
 

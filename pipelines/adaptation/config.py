@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from hdovd.cache import is_tar_form
 from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import SET, Option, OtherProtocol, Trust
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.config import TrainConfig
 
 

@@ -28,7 +28,7 @@ from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.dataloading.loader import Draw, key_of
 from hdovd.pipelines.detection.names import Gap
 from hdovd.pipelines.nouns.allowed import meaning
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.initial_weights import SAME_TEXT
 from hdovd.pipelines.training.training_set import Sample, TrainingSet
 

@@ -27,7 +27,7 @@ from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.extraction.identities import box_table
 from hdovd.pipelines.proposal_files.file import ProposalTable, read_table
-from hdovd.pipelines.runs.folder import UPPER_BOUND
+from hdovd.pipelines.runs import UPPER_BOUND
 
 SHOWN = 10  # details of a check in the text report; JSON has all
 # COCO and Objects365 in names of published weights, such as rtdetr_r18vd_5x_coco_objects365.pth, dfine_l_obj2coco.pth;

@@ -19,7 +19,7 @@ from hdovd.pipelines.common.console import size
 from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.common.settings import pair_lines
 from hdovd.pipelines.proposal_files.file import made_by_line
-from hdovd.pipelines.runs.listing import table_lines
+from hdovd.pipelines.runs import table_lines
 from hdovd.pipelines.search.nearest import index_part
 
 TOGETHER = ("clip", "images", "boxes")  # inputs that the products of one extraction share

@@ -26,7 +26,7 @@ from hdovd.pipelines.calibration.values import VALUES, origin_of, with_reliabili
 from hdovd.pipelines.common.atomic_write import write_picture
 from hdovd.pipelines.common.drawing import BASE_COLOUR, Colour, Labelled, cut_label, draw_boxes, label_font
 from hdovd.pipelines.common.images import read_image
-from hdovd.pipelines.runs.listing import table_lines
+from hdovd.pipelines.runs import table_lines
 
 NEAREST = 3  # class names a box
 

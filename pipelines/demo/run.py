@@ -41,7 +41,7 @@ from hdovd.pipelines.common.options import Precision
 from hdovd.pipelines.common.process import Job, StopSignal, exit_code, log_end, run_jobs, usable_cores
 from hdovd.pipelines.demo.config import MARKER, DemoConfig
 from hdovd.pipelines.demo.world import NOVEL, Scene, make_world, scenes
-from hdovd.pipelines.runs.listing import read_run
+from hdovd.pipelines.runs import read_run
 
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 128,

@@ -8,7 +8,7 @@ from hdovd.core import HdovdError, require_files
 from hdovd.pipelines.common.name_list import names_asked
 from hdovd.pipelines.common.options import ClipOptions, InferenceOptions, Option, require_own_folder
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
-from hdovd.pipelines.runs.config import ExampleOptions
+from hdovd.pipelines.runs import ExampleOptions
 from hdovd.pipelines.teachers.prompts import read_templates
 
 DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, and may be overwritten

@@ -37,7 +37,7 @@ from hdovd.pipelines.detection.config import DETECTIONS_MARKER, DetectConfig
 from hdovd.pipelines.detection.detector import Detector, NamedDetections
 from hdovd.pipelines.evaluation.evaluate import Mapped
 from hdovd.pipelines.extraction.identities import read_class_embeddings
-from hdovd.pipelines.runs.listing import table_lines
+from hdovd.pipelines.runs import table_lines
 
 LINES, DETECTIONS, IMAGES = "detections.jsonl", "detections.json", "images.json"
 PICTURES, VIDEOS = "pictures", "videos"

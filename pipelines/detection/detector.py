@@ -29,8 +29,7 @@ from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
 from hdovd.pipelines.detection.names import Examples, NameEmbedder, Shown, read_examples, told_apart
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.evaluation.evaluate import EvalResult, evaluate_by, load_detector
-from hdovd.pipelines.runs.config import DEFAULT_MIX
-from hdovd.pipelines.runs.folder import RunFolder, Weights
+from hdovd.pipelines.runs import DEFAULT_MIX, RunFolder, Weights
 from hdovd.pipelines.teachers.prompts import folded
 
 

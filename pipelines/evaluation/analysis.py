@@ -32,8 +32,7 @@ from hdovd.evaluation.matching import (
 )
 from hdovd.evaluation.tide import ErrorBreakdown, Errors, Kind, classify, count_errors
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
-from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
-from hdovd.pipelines.runs.listing import read_run
+from hdovd.pipelines.runs import RunFolder, Weights, read_run, weights_hash
 
 
 def read_found(file: Path, split: Split) -> Found:

@@ -8,8 +8,7 @@ from hdovd.core import HdovdError
 from hdovd.data import load_protocol
 from hdovd.evaluation import ENGINES, Engine
 from hdovd.pipelines.common.options import ClipNames, Data, InferenceOptions, Option
-from hdovd.pipelines.runs.config import ExampleOptions, RunOptions
-from hdovd.pipelines.runs.trackers import TrackOptions
+from hdovd.pipelines.runs import ExampleOptions, RunOptions, TrackOptions
 
 ZERO_SHOT = "zero-shot"  # the protocol of data sets that the run was not trained on: all classes are novel
 SHOWN_SCORE = 0.3  # detections of this score or more are drawn

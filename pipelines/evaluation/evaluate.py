@@ -31,9 +31,7 @@ from hdovd.pipelines.common.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, 
 from hdovd.pipelines.common.images import read_image, read_pixels
 from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
-from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder, Weights, weights_hash
-from hdovd.pipelines.runs.listing import ap as ap_text
-from hdovd.pipelines.runs.trackers import tracking
+from hdovd.pipelines.runs import UPPER_BOUND, RunFolder, Weights, ap as ap_text, tracking, weights_hash
 
 T = TypeVar("T")
 

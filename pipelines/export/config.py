@@ -9,7 +9,7 @@ from typing import Annotated
 
 from hdovd.core import HdovdError, require_files
 from hdovd.pipelines.common.options import ClipNames, Group, Option
-from hdovd.pipelines.runs.config import ExampleOptions
+from hdovd.pipelines.runs import ExampleOptions
 from hdovd.pipelines.runs.folder import FILES
 
 

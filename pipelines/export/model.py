@@ -42,7 +42,7 @@ from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.images import decode, pixels_of
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.export.config import ExportModelConfig, ModelForm
-from hdovd.pipelines.runs.folder import RunFolder, Weights
+from hdovd.pipelines.runs import RunFolder, Weights
 
 _SIZES = ((150, 110), (96, 170))  # width, height: neither has the shape of what is traced
 _LARGER = (1.75, 1.25)  # width and height of another one in short sides of the input: it is made smaller, as photos are

@@ -17,7 +17,7 @@ from hdovd.data import DataPaths, Exif, Protocol, Split, load_protocol
 from hdovd.data.forms.base import AUTO, FORMS
 from hdovd.pipelines.common.options import MISSING, CacheArgument, DataIfGiven, Features, Group, Option, OtherProtocol
 from hdovd.pipelines.extraction.config import ExtractConfig
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 if TYPE_CHECKING:
     from hdovd.cache.reader import FeatureCache

@@ -8,7 +8,7 @@ from hdovd.cache import Catalog, is_hub
 from hdovd.cache.hub import hub_client, repository
 from hdovd.core import HdovdError, require_files
 from hdovd.pipelines.common.options import Option
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,8 @@ from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.console import size
 from hdovd.pipelines.common.tensors import load_tensors
 from hdovd.pipelines.hub.config import PushConfig
-from hdovd.pipelines.runs.folder import FILES, RunFolder
-from hdovd.pipelines.runs.listing import ap, read_run
+from hdovd.pipelines.runs import RunFolder, ap, read_run
+from hdovd.pipelines.runs.folder import FILES
 from hdovd.pipelines.teachers.openclip import repositories
 
 WEIGHTS = ("class_embeddings.safetensors", "model.safetensors", "best.safetensors")

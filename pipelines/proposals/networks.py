@@ -48,8 +48,7 @@ from hdovd.pipelines.dataloading.loader import (
     plain_shuffle,
 )
 from hdovd.pipelines.proposals.config import Detector, ProposeConfig
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import ap, table_lines
+from hdovd.pipelines.runs import RunFolder, ap, table_lines
 from hdovd.pipelines.training.hooks import RunHooks, load_checkpoint
 from hdovd.pipelines.training.loop import Loop
 from hdovd.pipelines.training.train import data_parallel, prepared, told_shortly

@@ -15,8 +15,7 @@ from hdovd.pipelines.common.options import (
     OtherProtocol,
     require_proposal_file,
 )
-from hdovd.pipelines.runs.config import RunOptions
-from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
+from hdovd.pipelines.runs import UPPER_BOUND, RunFolder, RunOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,7 @@ from hdovd.pipelines.proposal_files.file import Proposals, read_table, write_pro
 from hdovd.pipelines.proposals.networks import Pictures, boxes_by_class, require_some_readable
 from hdovd.pipelines.proposals.propose import USUAL, Parts, Selection, find_parts
 from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
-from hdovd.pipelines.runs.folder import RunFolder, weights_hash
+from hdovd.pipelines.runs import RunFolder, weights_hash
 
 NAMES = 20  # of a box, at most
 LEAST = 1e-6  # score of a box: what is added to 1 is not lost

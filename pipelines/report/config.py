@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from hdovd.core import HdovdError
 from hdovd.data import DataPaths
 from hdovd.pipelines.common.options import DATA, Group, InferenceOptions, Option, Trust, data_of, require_own_folder
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 REPORT_FILE = "index.html"
 

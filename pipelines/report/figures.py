@@ -26,9 +26,7 @@ from hdovd.pipelines.common.pages import Axis, Line, line_chart, matrix_chart, s
 from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names
 from hdovd.pipelines.evaluation.analysis import ImageVerdicts, RunAnalysis
 from hdovd.pipelines.extraction.source import cache_of
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import ORACLE, Run, table_groups
-from hdovd.pipelines.runs.trackers import PLAIN
+from hdovd.pipelines.runs import ORACLE, PLAIN, Run, RunFolder, table_groups
 
 MOST_CHARTED = 100  # classes: more would make the page unwieldy
 LEVELS = {

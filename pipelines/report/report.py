@@ -34,8 +34,7 @@ from hdovd.pipelines.extraction.source import cache_of, data_of_cache
 from hdovd.pipelines.report import figures
 from hdovd.pipelines.report.config import REPORT_FILE, ReportConfig
 from hdovd.pipelines.report.figures import OneRun
-from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
-from hdovd.pipelines.runs.listing import read_run
+from hdovd.pipelines.runs import UPPER_BOUND, RunFolder, read_run
 from hdovd.pipelines.training.training_set import TrainingSet
 
 

@@ -29,7 +29,7 @@ from hdovd.pipelines.detection.names import load_same_clip
 from hdovd.pipelines.embedding.embedders import NO_FILE, Picture, Pictures, embedders_of
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, recipe_of
 from hdovd.pipelines.extraction.identities import read_rows
-from hdovd.pipelines.runs.listing import table_lines
+from hdovd.pipelines.runs import table_lines
 from hdovd.pipelines.search.config import Box, BoxSource, Duplicates, SearchConfig, weighted
 from hdovd.pipelines.search.nearest import Choice, RowIndex, alike_pairs, best_rows, chosen_rows, mean_row, nearest_rows
 from hdovd.pipelines.teachers.base import Teacher

@@ -8,7 +8,7 @@ from hdovd.cache import DEFAULT_SET
 from hdovd.core import HdovdError
 from hdovd.pipelines.common.options import ClipOptions, DataIfGiven, Features, Option, Trust
 from hdovd.pipelines.extraction.source import CacheSource
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

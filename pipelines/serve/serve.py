@@ -27,7 +27,7 @@ from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.common.options import DATA
 from hdovd.pipelines.common.pages import page, small_picture_data
 from hdovd.pipelines.detection.detector import Detector
-from hdovd.pipelines.runs.config import DEFAULT_MIX
+from hdovd.pipelines.runs import DEFAULT_MIX
 from hdovd.pipelines.search.config import BoxSource, SearchConfig, parse_box
 from hdovd.pipelines.search.search import PICTURE_SIDE, Searched, crop_of, found, opened
 from hdovd.pipelines.serve.config import ServeConfig

@@ -10,8 +10,7 @@ from hdovd.core import HdovdError
 from hdovd.data import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
 from hdovd.pipelines.common.options import RECIPE_AND_PRESET, NetworkOptions, Option, RunsOptions
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.trackers import TrackOptions
+from hdovd.pipelines.runs import RunFolder, TrackOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

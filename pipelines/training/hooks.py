@@ -32,8 +32,7 @@ from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.device import Team
 from hdovd.pipelines.common.process import StopSignal, exit_code
 from hdovd.pipelines.common.tensors import load_pth
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.trackers import PLAIN
+from hdovd.pipelines.runs import PLAIN, RunFolder
 from hdovd.pipelines.training.loop import Hooks, Loop
 
 CHECKPOINT = "checkpoint.pt"

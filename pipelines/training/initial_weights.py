@@ -23,8 +23,7 @@ from hdovd.modeling.published_weights import PUBLISHED, Published
 from hdovd.pipelines.common.device import provenance
 from hdovd.pipelines.common.tensors import floats, load_pth
 from hdovd.pipelines.evaluation.evaluate import load_detector
-from hdovd.pipelines.runs.config import ImportCheckpointConfig
-from hdovd.pipelines.runs.folder import RunFolder, Weights, init_hash, weights_hash
+from hdovd.pipelines.runs import ImportCheckpointConfig, RunFolder, Weights, init_hash, weights_hash
 
 SAME_TEXT = 0.999  # cosine of two embeddings of a name by one CLIP and the same prompts; float16 rows differ by less
 COUNTS = ".num_batches_tracked"  # of batch norms; frozen ones have none

@@ -36,8 +36,7 @@ from hdovd.pipelines.dataloading.loader import Dealing, Streams, TrainingBatches
 from hdovd.pipelines.evaluation.evaluate import Validation
 from hdovd.pipelines.extraction.config import LabelRule
 from hdovd.pipelines.extraction.identities import give_object_text, object_text_of
-from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
-from hdovd.pipelines.runs.trackers import tracking
+from hdovd.pipelines.runs import UPPER_BOUND, RunFolder, tracking
 from hdovd.pipelines.training.config import TrainConfig
 from hdovd.pipelines.training.hooks import RunHooks, fits, load_checkpoint
 from hdovd.pipelines.training.initial_weights import begin_with, require_same_init

@@ -12,7 +12,7 @@ import pytest
 from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core import lines_to
 from hdovd.data import DataPaths
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train
 
 TrainMicro = Callable[..., RunFolder]

@@ -29,7 +29,7 @@ from hdovd.pipelines.ablation.grid import (
     with_gap,
     write_tables,
 )
-from hdovd.pipelines.runs.listing import Run
+from hdovd.pipelines.runs import Run
 
 CONFIG = AblateConfig(
     data=DataPaths(Path("coco")),

@@ -51,8 +51,8 @@ from hdovd.pipelines.detection.names import Gap
 from hdovd.pipelines.evaluation.evaluate import Validated, Validation, results
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import State, read_run
+from hdovd.pipelines.runs import RunFolder, read_run
+from hdovd.pipelines.runs.listing import State
 from hdovd.pipelines.training.config import TrainConfig
 from hdovd.pipelines.training.hooks import RunHooks
 from hdovd.pipelines.training.loop import Loop

@@ -22,7 +22,7 @@ from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.common.tensors import load_pth, load_tensors
 from hdovd.pipelines.extraction.identities import read_class_embeddings
 from hdovd.pipelines.proposals.networks import made_by
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.teachers.openclip import load_clip
 from hdovd.pipelines.training.hooks import load_checkpoint
 

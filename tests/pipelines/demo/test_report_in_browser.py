@@ -16,7 +16,7 @@ import pytest
 from hdovd.data import DataPaths
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.report.report import ReportConfig, report
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 
 @pytest.fixture(scope="module")

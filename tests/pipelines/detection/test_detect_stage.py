@@ -25,7 +25,7 @@ from hdovd.core import HdovdError
 from hdovd.data import DataPaths
 from hdovd.pipelines.detection.detect import DetectConfig, DetectionFolder, detect
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 
 from hdovd.core import HdovdError
 from hdovd.pipelines.detection.detector import Detector
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 
 @pytest.fixture(scope="module")

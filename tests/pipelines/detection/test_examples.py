@@ -23,7 +23,7 @@ from hdovd.pipelines.detection import names as name_embedding
 from hdovd.pipelines.detection.detector import Detector, evaluate_examples
 from hdovd.pipelines.detection.names import Gap, NameEmbedder, read_examples
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from hdovd.pipelines.detection import detector as detector_file
 from hdovd.pipelines.detection.detector import Detector, fit_rows
 from hdovd.pipelines.detection.names import Examples, read_examples
 from hdovd.pipelines.evaluation.config import EvalConfig
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.core import HdovdError, lines_to
 from hdovd.pipelines.detection import names as name_embedding
 from hdovd.pipelines.detection.names import NameEmbedder
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 CPU = torch.device("cpu")
 

@@ -32,7 +32,7 @@ from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.detection.config import DetectConfig
 from hdovd.pipelines.detection.detect import DetectionFolder, detect, detect_lines
 from hdovd.pipelines.detection.detector import NamedDetections
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 av = pytest.importorskip("av")
 from hdovd.pipelines.detection import video  # noqa: E402

@@ -23,7 +23,7 @@ from hdovd.data import DataPaths
 from hdovd.evaluation import Engine
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, EvalResult, class_table, evaluate, result_table
-from hdovd.pipelines.runs.folder import RunFolder, Weights
+from hdovd.pipelines.runs import RunFolder, Weights
 
 GROUPS = {"novel", "base", "all"}
 

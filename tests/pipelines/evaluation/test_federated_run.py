@@ -14,7 +14,7 @@ from hdovd.core import HdovdError
 from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.evaluation.analysis import analyse
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, EvalResult, error_table, evaluate, result_table
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from hdovd.evaluation.coco import GroundTruth
 from hdovd.evaluation.tide import ERRORS, Kind
 from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, error_table, evaluate
-from hdovd.pipelines.runs.folder import RunFolder, weights_hash
+from hdovd.pipelines.runs import RunFolder, weights_hash
 
 
 @pytest.fixture(scope="module")

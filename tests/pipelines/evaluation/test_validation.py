@@ -22,7 +22,7 @@ from hdovd.modeling.boxes import detect
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.pipelines.common.images import read_pixels
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, Validated, Validation, by_shape, evaluate, results
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 CPU = torch.device("cpu")
 

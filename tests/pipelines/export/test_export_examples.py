@@ -18,7 +18,7 @@ from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.export.config import ModelForm
 from hdovd.pipelines.export.model import open_model
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 
 @pytest.fixture

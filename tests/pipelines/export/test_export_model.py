@@ -38,7 +38,7 @@ from hdovd.pipelines.export.model import (
     made_up_pictures,
     open_model,
 )
-from hdovd.pipelines.runs.folder import RunFolder, Weights
+from hdovd.pipelines.runs import RunFolder, Weights
 
 PAGE = Path(__file__).parents[3] / "docs" / "EXPORT.md"
 EXAMPLES = {

@@ -23,7 +23,7 @@ from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.hooks import PLAIN
 from hdovd.pipelines.training.train import TrainConfig, train
 

@@ -18,7 +18,7 @@ from hdovd.cache import Catalog
 from hdovd.cache.hub import LIST, pulled
 from hdovd.cache.identity import sealed
 from hdovd.cli.main import main
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 Contents = Callable[[Path], dict[str, str]]
 ENVIRONMENT = ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY")

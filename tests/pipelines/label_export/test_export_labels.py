@@ -26,7 +26,7 @@ from hdovd.pipelines.detection.config import DetectConfig
 from hdovd.pipelines.detection.detect import detect
 from hdovd.pipelines.label_export.config import ExportLabelsConfig, LabelForm
 from hdovd.pipelines.label_export.export import export_labels
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.search.config import SearchConfig
 from hdovd.pipelines.search.search import search
 

@@ -33,7 +33,7 @@ from hdovd.pipelines.proposals import propose as proposal_parts
 from hdovd.pipelines.proposals.propose import USUAL, Selection
 from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
 from hdovd.pipelines.relabelling.relabel import Round, _best, _to_find, objects_per_mention, relabel
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train
 
 

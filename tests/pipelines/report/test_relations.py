@@ -18,7 +18,7 @@ from hdovd.modeling.losses.instance import relation_loss
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.source import cache_of, data_of_cache
 from hdovd.pipelines.report.report import Relations, relations
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 
 
 def _training(run: RunFolder, world: Path) -> Split:

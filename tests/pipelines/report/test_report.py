@@ -23,8 +23,7 @@ from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.report.figures import OneRun, ablation, charted
 from hdovd.pipelines.report.report import ReportConfig, names_of, report
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import Run
+from hdovd.pipelines.runs import Run, RunFolder
 
 HOSTILE = 'a<img src=x onerror=alert(1)>&"b'
 

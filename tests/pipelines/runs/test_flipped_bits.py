@@ -27,7 +27,7 @@ from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.extraction.export import export_tars
 from hdovd.pipelines.extraction.source import ExportConfig
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.hooks import load_checkpoint
 from hdovd.pipelines.training.train import STATE
 

@@ -27,8 +27,7 @@ from hdovd.core import HdovdError
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.images import decode, read_image
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import read_run
+from hdovd.pipelines.runs import RunFolder, read_run
 
 FACTOR = int(os.environ.get("HDOVD_FUZZ", "1"))  # times as many files
 COUNT = 30 * FACTOR

@@ -25,7 +25,7 @@ from hdovd.pipelines.export.config import ExportModelConfig
 from hdovd.pipelines.extraction.source import data_of_cache
 from hdovd.pipelines.report.config import ReportConfig
 from hdovd.pipelines.report.report import report
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.hooks import load_checkpoint
 from hdovd.pipelines.training.train import STATE, TrainConfig, train
 

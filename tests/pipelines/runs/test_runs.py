@@ -15,8 +15,8 @@ from hdovd.core import HdovdError
 from hdovd.data import DataPaths
 from hdovd.pipelines.common.settings import different_keys, flat, short_names, shown_apart
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import State, difference_lines, find_runs, read_run, run_lines, run_values
+from hdovd.pipelines.runs import RunFolder, read_run
+from hdovd.pipelines.runs.listing import State, difference_lines, find_runs, run_lines, run_values
 
 WriteRun = Callable[..., Path]
 

@@ -20,8 +20,8 @@ from hdovd.cli.main import main
 from hdovd.core import HdovdError, lines_to
 from hdovd.data import DataPaths
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.trackers import Tracker, tracker_class, tracking
+from hdovd.pipelines.runs import RunFolder, tracking
+from hdovd.pipelines.runs.trackers import Tracker, tracker_class
 
 SETTINGS = ("train.epochs=2", "train.batch_size=4")  # 23 images: 5 steps an epoch
 Values = dict[str, list[tuple[int, float]]]  # (step, value) by name, in the order of the tracker

@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn")
 import uvicorn
 from starlette.testclient import TestClient
 
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.serve.config import ServeConfig
 from hdovd.pipelines.serve.serve import Site
 

@@ -21,7 +21,7 @@ from hdovd.core import lines_to
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.search.config import BoxSource, SearchConfig
 from hdovd.pipelines.search.search import search
 from hdovd.pipelines.serve.config import ServeConfig

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from hdovd.core import HdovdError
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.serve.config import ServeConfig
 from hdovd.pipelines.serve.serve import serve
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hdovd.pipelines.detection.detector import Detector
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.search.config import SearchConfig
 from hdovd.pipelines.search.search import search
 

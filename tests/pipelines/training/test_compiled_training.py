@@ -24,7 +24,7 @@ from hdovd.data import DataPaths
 from hdovd.modeling.backbones.pyramid import build_backbone
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training import train
 from hdovd.pipelines.training.train import compile_backbone, told_shortly
 

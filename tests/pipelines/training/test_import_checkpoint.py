@@ -19,9 +19,8 @@ from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.report.report import ReportConfig, relations, report
-from hdovd.pipelines.runs.config import ImportCheckpointConfig
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import State, read_run
+from hdovd.pipelines.runs import ImportCheckpointConfig, RunFolder, read_run
+from hdovd.pipelines.runs.listing import State
 from hdovd.pipelines.training.initial_weights import import_checkpoint
 
 D = 24

@@ -23,7 +23,7 @@ from hdovd.modeling.base import build_detector
 from hdovd.pipelines.ablation.ablate import AblateConfig, commands, level_keys, plan
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.checks import Verdict
-from hdovd.pipelines.runs.folder import RunFolder, init_hash
+from hdovd.pipelines.runs import RunFolder, init_hash
 from hdovd.pipelines.training.hooks import RunHooks
 from hdovd.pipelines.training.loop import Loop
 from hdovd.pipelines.training.train import TrainConfig, train

@@ -24,7 +24,7 @@ from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
 from hdovd.pipelines.report.report import relations
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train
 
 

@@ -28,7 +28,7 @@ from hdovd.pipelines.export.config import ModelForm
 from hdovd.pipelines.export.model import ExportModelConfig, check, export_model, made_up_pictures, open_model
 from hdovd.pipelines.report.figures import LEVELS
 from hdovd.pipelines.report.report import relations
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.hooks import PLAIN, RunHooks, load_checkpoint
 from hdovd.pipelines.training.loop import Loop
 from hdovd.pipelines.training.train import TrainConfig, train

@@ -22,8 +22,9 @@ from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core import HdovdError, Stopped, lines_to
 from hdovd.data import DataPaths
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
-from hdovd.pipelines.runs.folder import RunFolder, replace_file
-from hdovd.pipelines.runs.listing import State, read_run
+from hdovd.pipelines.runs import RunFolder, read_run
+from hdovd.pipelines.runs.folder import replace_file
+from hdovd.pipelines.runs.listing import State
 from hdovd.pipelines.training.hooks import load_checkpoint
 from hdovd.pipelines.training.train import TrainConfig, train
 

@@ -32,7 +32,7 @@ from hdovd.pipelines.proposals.config import Detector, ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
 from hdovd.pipelines.relabelling.config import RelabelConfig
 from hdovd.pipelines.relabelling.relabel import relabel
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.hooks import PLAIN, load_checkpoint
 from hdovd.pipelines.training.train import TrainConfig, train
 

@@ -28,7 +28,7 @@ from hdovd.pipelines.dataloading.loader import Dealing, Draw, Streams, TrainingB
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.loop import Hooks
 from hdovd.pipelines.training.train import TrainConfig, loop_of, train
 from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet

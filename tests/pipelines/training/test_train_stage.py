@@ -24,7 +24,7 @@ from hdovd.core import HdovdError, lines_to
 from hdovd.data import DataPaths, load_protocol
 from hdovd.pipelines.demo.world import BASE, GROUNDS, NOVEL
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train, training_data
 from hdovd.pipelines.training.training_set import TrainingSet
 

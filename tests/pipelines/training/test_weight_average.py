@@ -19,7 +19,7 @@ from hdovd.modeling.base import build_detector
 from hdovd.modeling.distributed import FeatureQueue
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.training.hooks import load_checkpoint
 from hdovd.pipelines.training.loop import WeightAverage
 from hdovd.pipelines.training.train import TrainConfig, train

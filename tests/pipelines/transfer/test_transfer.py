@@ -20,7 +20,7 @@ from hdovd.evaluation.coco import GroundTruth
 from hdovd.pipelines.common.name_list import shipped
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.detection.names import NameEmbedder
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs import RunFolder
 from hdovd.pipelines.transfer.config import TransferConfig, data_name
 from hdovd.pipelines.transfer.transfer import embed, protocol_of, spoken, transfer, transfer_table
 
