@@ -27,7 +27,7 @@ from hdovd.pipelines.common.console import size
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.forecast import make_world
-from hdovd.pipelines.teachers.prompts import Name, prompts
+from hdovd.pipelines.teachers.base import Name, prompts
 
 PICTURES = 16  # files: the images of the world are these, over and over
 BASE_BOXES = 4  # annotations an image

@@ -29,8 +29,7 @@ from hdovd.pipelines.common.options import (
 )
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ActivationOption, Compute, ExtractConfig
 from hdovd.pipelines.extraction.source import CacheSource, extraction_of, laid_over
-from hdovd.pipelines.teachers.base import Activation
-from hdovd.pipelines.teachers.prompts import Templates, check_templates
+from hdovd.pipelines.teachers.base import Activation, Templates, check_templates
 
 if TYPE_CHECKING:
     from hdovd.config.recipe import Recipe

@@ -40,8 +40,7 @@ from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.embedding.embedders import Embedder, Pictures, embedders_of
 from hdovd.pipelines.extraction.config import LabelChoice, recipe_of
 from hdovd.pipelines.extraction.identities import image_hash, picture_hashes
-from hdovd.pipelines.teachers.base import TEACHERS, Teacher
-from hdovd.pipelines.teachers.prompts import read_templates, shipped_templates
+from hdovd.pipelines.teachers.base import TEACHERS, Teacher, read_templates, shipped_templates
 
 LEAST_COSINE = 0.99
 BATCH_ROWS = 64

@@ -9,7 +9,7 @@ from hdovd.pipelines.common.name_list import names_asked
 from hdovd.pipelines.common.options import ClipOptions, InferenceOptions, Option, require_own_folder
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs import ExampleOptions
-from hdovd.pipelines.teachers.prompts import read_templates
+from hdovd.pipelines.teachers.base import read_templates
 
 DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, and may be overwritten
 

@@ -30,7 +30,7 @@ from hdovd.pipelines.detection.names import Examples, NameEmbedder, Shown, read_
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.evaluation.evaluate import EvalResult, evaluate_by, load_detector
 from hdovd.pipelines.runs import DEFAULT_MIX, RunFolder, Weights
-from hdovd.pipelines.teachers.prompts import folded
+from hdovd.pipelines.teachers.base import folded
 
 
 @dataclass(frozen=True, slots=True)

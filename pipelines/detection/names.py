@@ -37,8 +37,7 @@ from hdovd.pipelines.common.tensors import load_tensors, save_tensors
 from hdovd.pipelines.embedding.embedders import NO_FILE, Picture, Pictures, embedders_of, read_picture
 from hdovd.pipelines.extraction.source import cache_of, extraction_of
 from hdovd.pipelines.runs import DEFAULT_MIX, RunFolder
-from hdovd.pipelines.teachers.base import Activation, Teacher
-from hdovd.pipelines.teachers.prompts import Name, check_templates, folded, said
+from hdovd.pipelines.teachers.base import Activation, Name, Teacher, check_templates, folded, said
 
 if TYPE_CHECKING:
     from hdovd.pipelines.teachers.openclip import ClipTeacher

@@ -27,8 +27,7 @@ from hdovd.pipelines.common.options import (
     workers_option,
 )
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe, Shape
-from hdovd.pipelines.teachers.base import OPEN_CLIP, TEACHERS, Activation
-from hdovd.pipelines.teachers.prompts import Templates, check_templates
+from hdovd.pipelines.teachers.base import OPEN_CLIP, TEACHERS, Activation, Templates, check_templates
 
 TEMPERATURE = 0.01  # of CLIP itself: its logits are 100 times the cosine, the most that its training allows
 

@@ -41,8 +41,7 @@ from hdovd.pipelines.embedding.embedders import Embedder
 from hdovd.pipelines.extraction.config import ONE_NOUN, LabelRule
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.proposal_files.file import NO_PROPOSALS, Proposals
-from hdovd.pipelines.teachers.base import Teacher
-from hdovd.pipelines.teachers.prompts import Name, said
+from hdovd.pipelines.teachers.base import Name, Teacher, said
 
 READERS = 8  # threads that hash
 

@@ -31,7 +31,7 @@ from hdovd.pipelines.runs import DEFAULT_MIX
 from hdovd.pipelines.search.config import BoxSource, SearchConfig, parse_box
 from hdovd.pipelines.search.search import PICTURE_SIDE, Searched, crop_of, found, opened
 from hdovd.pipelines.serve.config import ServeConfig
-from hdovd.pipelines.teachers.prompts import folded
+from hdovd.pipelines.teachers.base import folded
 
 try:
     import uvicorn

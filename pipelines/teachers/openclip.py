@@ -28,9 +28,8 @@ from hdovd.core import HdovdError, counted, is_file, require_readable, shorten
 from hdovd.core.text_files import read_json
 from hdovd.pipelines.common.device import choose, pick_device
 from hdovd.pipelines.common.options import Precision
-from hdovd.pipelines.teachers.base import Activation
+from hdovd.pipelines.teachers.base import Activation, Name, prompts
 from hdovd.pipelines.teachers.preprocessing import Preprocessing
-from hdovd.pipelines.teachers.prompts import Name, prompts
 
 _TEXT_BATCH = 256
 CPU_BATCH = 64  # embedded by each thread alone: larger ones are no faster, and take longer to stop

@@ -20,7 +20,7 @@ from hdovd.pipelines.detection.names import NameEmbedder
 from hdovd.pipelines.evaluation.config import ZERO_SHOT, EvalConfig
 from hdovd.pipelines.evaluation.evaluate import EvalResult, evaluate_by
 from hdovd.pipelines.runs import RunFolder, ap, table_lines
-from hdovd.pipelines.teachers.prompts import folded
+from hdovd.pipelines.teachers.base import folded
 from hdovd.pipelines.transfer.config import TransferConfig, data_name
 
 SEEN, UNSEEN = "seen", "unseen"

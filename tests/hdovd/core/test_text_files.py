@@ -18,7 +18,7 @@ from hdovd.core.text_files import JsonStream, checked_name, cut, read_json, read
 from hdovd.data import load_protocol
 from hdovd.pipelines.common.name_list import read_vocabulary
 from hdovd.pipelines.extraction.identities import read_synonyms
-from hdovd.pipelines.teachers.prompts import read_templates
+from hdovd.pipelines.teachers.base import read_templates
 
 BOM = codecs.BOM_UTF8
 PROTOCOL = 'name = "mine"\nbase = ["a"]\nnovel = []\n'

@@ -20,7 +20,7 @@ from hdovd.pipelines.embedding.embedders import Pictures, embedders_of
 from hdovd.pipelines.extraction.identities import TextRows, box_table, data_inputs, level_inputs
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.proposal_files.file import Proposals
-from hdovd.pipelines.teachers.prompts import Name, prompts
+from hdovd.pipelines.teachers.base import Name, prompts
 
 ALL = set(Level)
 BOXES, INSTANCE, IMAGE, CLASS, NOUN, PSEUDO_LABEL = Level

@@ -17,8 +17,8 @@ from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ExtractConfig
 from hdovd.pipelines.extraction.identities import TextRows
 from hdovd.pipelines.teachers import prompts as prompt_templates
+from hdovd.pipelines.teachers.base import check_templates, prompts, read_templates, said, shipped_templates
 from hdovd.pipelines.teachers.openclip import load_clip
-from hdovd.pipelines.teachers.prompts import check_templates, prompts, read_templates, said, shipped_templates
 
 
 def test_shipped_sets() -> None:
