@@ -16,7 +16,7 @@ from hdovd.data import DataPaths
 from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ExtractConfig
 from hdovd.pipelines.extraction.identities import TextRows
-from hdovd.pipelines.teachers import prompts as prompt_templates
+from hdovd.pipelines.teachers import base as prompt_templates
 from hdovd.pipelines.teachers.base import check_templates, prompts, read_templates, said, shipped_templates
 from hdovd.pipelines.teachers.openclip import load_clip
 
