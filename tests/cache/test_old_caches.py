@@ -132,7 +132,8 @@ def make_cache(path: Path) -> None:
 @pytest.fixture
 def committed(tmp_path: Path) -> Path:
     with tarfile.open(COMMITTED) as archive:
-        archive.extractall(tmp_path / "committed", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and newer have it
+        archive.extractall(tmp_path / "committed")
     return tmp_path / "committed"
 
 
