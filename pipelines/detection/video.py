@@ -142,8 +142,9 @@ class _Movie:
         self._file.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        with writing(Path(self._file.name)):  # also if no frame of this size could be
-            self._file.mux(self._stream.encode(None))
+        with writing(Path(self._file.name)):
+            if self._stream.codec_context.is_open:  # else no frame of this size could be, and av 19 would crash
+                self._file.mux(self._stream.encode(None))
             self._file.close()
 
 
