@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import os
 import resource
 import shutil
@@ -76,6 +77,7 @@ def test_a_full_disk_leaves_what_was_there(form: str, small_disk: Path) -> None:
     ):
         WRITERS[form](file)
     assert {entry.name: entry.read_text() for entry in small_disk.iterdir()} == {"a.json": "of before"}
+    gc.collect()  # Python 3.13: torch's writer, and with it the deleted file, is in a circle of its error
     assert shutil.disk_usage(small_disk).free > 50_000
 
 
