@@ -34,21 +34,20 @@ def transfer(job: TransferConfig) -> dict[str, EvalResult]:
     for folder in job.data:
         name = data_name(folder)
         log(f"{name}:")
-        found[name] = zero_shot(
-            EvalConfig(
-                run=job.run,
-                data=DataPaths(folder),
-                protocol=ZERO_SHOT,
-                clip=job.clip,
-                pretrained=job.pretrained,
-                device=job.device,
-                batch_size=job.batch_size,
-                workers=job.workers,
-                engine=job.engine,
-                weights=job.weights,
-                trust=job.trust,
-            )
+        config = EvalConfig(
+            run=job.run,
+            data=DataPaths(folder),
+            protocol=ZERO_SHOT,
+            clip=job.clip,
+            pretrained=job.pretrained,
+            device=job.device,
+            batch_size=job.batch_size,
+            workers=job.workers,
+            engine=job.engine,
+            weights=job.weights,
+            trust=job.trust,
         )
+        found[name] = zero_shot(config)
     return found
 
 
